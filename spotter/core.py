@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['find_root', 'Section', 'DataParams', 'FaceParams', 'ClipParams', 'AugmentParams', 'TrainParams', 'ArmParams',
-           'EvaluateParams', 'Params', 'load_params', 'save_params', 'seed_everything', 'has_bf16', 'resolve_precision',
-           'autocast', 'progress']
+           'EvaluateParams', 'Params', 'load_params', 'apply_overlay', 'seed_everything', 'has_bf16',
+           'resolve_precision', 'autocast', 'progress']
 
-# %% ../nbs/00_core.ipynb #27535bfb
-import os, random, sys
+# %% ../nbs/00_core.ipynb #3bc7bb79
+import os, random
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_core.ipynb #5cba0cd3
+# %% ../nbs/00_core.ipynb #155dbfb8
 def find_root(
     start: str | Path | None = None,  # folder to start from; the working directory by default
 ) -> Path:  # the nearest folder at or above `start` that holds `params.yaml`
@@ -29,7 +32,7 @@ def find_root(
         if (folder/"params.yaml").is_file(): return folder
     raise FileNotFoundError(f"no params.yaml in {start} or above it: run this inside a Spotter checkout")
 
-# %% ../nbs/00_core.ipynb #471eea89
+# %% ../nbs/00_core.ipynb #ede20434
 class Section(BaseModel):
     "A section of `params.yaml`: no unknown keys, no silent conversion, no later change."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -49,7 +52,7 @@ class FaceParams(Section):
     size: int = Field(ge=32)                       # side of a stored crop in pixels
     frames: int = Field(ge=1)                      # stored frames of a clip, evenly spaced over it
 
-# %% ../nbs/00_core.ipynb #54090df7
+# %% ../nbs/00_core.ipynb #6ae42ac3
 class ClipParams(Section):
     "What the network sees of a clip, in training and in testing alike."
     frames: int = Field(ge=1)                      # frames T of a clip, evenly spaced
@@ -63,7 +66,7 @@ class AugmentParams(Section):
     blur: float = Field(ge=0, le=1)                # chance of a Gaussian blur
     jpeg: float = Field(ge=0, le=1)                # chance of a JPEG pass at quality 50 to 95
 
-# %% ../nbs/00_core.ipynb #7175e824
+# %% ../nbs/00_core.ipynb #73ced60d
 class TrainParams(Section):
     "The training recipe that all arms share."
     precision: Literal["auto", "fp32", "bf16"]     # auto: bf16 autocast where the processor has it
@@ -82,7 +85,7 @@ class TrainParams(Section):
     workers: int = Field(ge=0)                     # processes that load clips
     augment: AugmentParams
 
-# %% ../nbs/00_core.ipynb #78baacc5
+# %% ../nbs/00_core.ipynb #a8eb5e07
 class ArmParams(Section):
     "What makes an arm of the comparison."
     backbone: Literal["efficientnet-b0", "efficientnet-b3"]
@@ -110,7 +113,7 @@ class Params(Section):
     arms: dict[str, ArmParams]
     evaluate: EvaluateParams
 
-# %% ../nbs/00_core.ipynb #7988bcb0
+# %% ../nbs/00_core.ipynb #4685a517
 def load_params(
     path: str | Path | None = None,  # by default the project's `params.yaml`
 ) -> Params:  # checked and immutable
@@ -128,15 +131,30 @@ def _explain(problem: dict) -> str:
     hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(problem["input"], str) and "number" in problem["msg"] else ""
     return f"{problem['msg']}, got {problem['input']!r}{hint}"
 
-# %% ../nbs/00_core.ipynb #71c5229c
-def save_params(
-    params: Params,
-    path: str | Path,
-):
-    "Write settings as YAML that `load_params` reads back."
-    Path(path).write_text(yaml.safe_dump(params.model_dump(), sort_keys=False))
+# %% ../nbs/00_core.ipynb #e15fc6b7
+def apply_overlay(
+    overlay: str | Path,              # YAML with some of the settings, relative to the project
+    path: str | Path | None = None,   # by default the project's `params.yaml`
+) -> list[str]:  # the names of the settings that changed
+    "Write the values of `overlay` into `params.yaml`. `ValueError` when the result has a wrong setting; the file is then as it was."
+    path = Path(path or find_root()/"params.yaml")
+    before, editor = path.read_text(), YAML()
+    settings, values = editor.load(before), editor.load((find_root(path.parent)/overlay).read_text())
+    changed = _merge(settings, values)
+    with path.open("w") as f: editor.dump(settings, f)
+    try: load_params(path)
+    except ValueError: path.write_text(before); raise
+    return changed
 
-# %% ../nbs/00_core.ipynb #959f917d
+def _merge(settings: dict, values: dict, prefix: str = "") -> list[str]:
+    "Set nested values; the names of those that differed."
+    changed = []
+    for key, value in values.items():
+        if isinstance(value, dict): changed += _merge(settings.setdefault(key, {}), value, f"{prefix}{key}.")
+        elif settings.get(key) != value: settings[key] = value; changed.append(f"{prefix}{key}")
+    return changed
+
+# %% ../nbs/00_core.ipynb #a296d451
 def seed_everything(
     seed: int,               # for Python, NumPy and torch
     threads: int | None = None,  # of torch; unchanged by default
@@ -147,7 +165,7 @@ def seed_everything(
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# %% ../nbs/00_core.ipynb #c733893a
+# %% ../nbs/00_core.ipynb #14235f4f
 def has_bf16(device: str | torch.device = "cpu") -> bool:
     "Whether `device` multiplies bf16 in hardware."
     if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -169,7 +187,17 @@ def autocast(
     bf16 = resolve_precision(precision, device) == "bf16"
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
 
-# %% ../nbs/00_core.ipynb #a3407ade
+# %% ../nbs/00_core.ipynb #88c0df99
 def progress(iterable=None, **kwargs) -> tqdm:
-    "A tqdm bar; quiet under nbdev's tests. What it prints goes to stderr, which executed stage notebooks do not keep."
-    return tqdm(iterable, disable=bool(os.environ.get("IN_TEST")), file=sys.stderr, dynamic_ncols=True, **kwargs)
+    "A tqdm bar: in the notebook, on the terminal only when a DVC stage runs, and none under nbdev's tests."
+    if "DVC_STAGE" in os.environ: kwargs |= dict(file=_terminal(), disable=_terminal() is None)
+    if "IN_TEST" in os.environ: kwargs["disable"] = True
+    return (plain_tqdm if "DVC_STAGE" in os.environ else tqdm)(iterable, dynamic_ncols=True, **kwargs)
+
+@lru_cache
+def _terminal():
+    "The terminal of the process that started this kernel, past what the kernel captures; None where there is none."
+    stderr = Path(f"/proc/{os.getppid()}/fd/2")
+    if not stderr.exists(): return None
+    stream = stderr.open("w")
+    return stream if stream.isatty() else None

@@ -1,0 +1,41 @@
+# Every target sets itself up: uv is taken from the PATH, or installed into .uv/ where it is missing.
+UV := $(shell command -v uv || echo .uv/bin/uv)
+RUN := $(UV) run --frozen
+export PYTHONWARNINGS = ignore
+.DEFAULT_GOAL := help
+.PHONY: help repro test lab bench reference clean environment data
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.uv/bin/uv:
+	python3 -m venv .uv && .uv/bin/pip install --quiet uv
+
+environment: $(filter .uv/%,$(UV))
+	@$(UV) sync --frozen --quiet
+
+data: environment
+	@$(RUN) dvc pull --quiet data.dvc
+
+repro: data  ## train, evaluate and compare all arms; reruns only what changed
+	$(RUN) dvc repro
+
+test: data  ## notebooks against package, every library notebook, pytest
+	$(RUN) pytest tests/test_notebooks.py
+	$(RUN) nbdev_test --skip_folder_re '^[_.]|^stages' --n_workers 2
+	$(RUN) pytest --ignore tests/test_notebooks.py
+
+lab: data  ## JupyterLab on the notebooks
+	$(RUN) jupyter lab --notebook-dir=. nbs/index.ipynb
+
+bench: data  ## speeds as ratios, measured side by side
+	$(RUN) python benchmarks/training_step.py
+
+reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
+	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"
+
+readme: environment
+	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+
+clean:  ## remove what the stages made; data and the caches of DVC stay
+	rm -rf faces checkpoints reports/html .resume

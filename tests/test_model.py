@@ -1,0 +1,120 @@
+"The model's promises: scales, gradients, sizes, frozen statistics."
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spotter.model import TemporalCNN_GRU
+from spotter.pyramid import BACKBONES, MultiScaleFeatureExtractor, SCALES
+
+GRIDS = {"efficientnet-b0": dict(fine=28, mid=14, semantic=7), "efficientnet-b3": dict(fine=38, mid=19, semantic=10)}
+PARAMETERS = {"efficientnet-b0": (15e6, 19.5e6), "efficientnet-b3": (22e6, 28.5e6)}
+
+
+def count(module): return sum(p.numel() for p in module.parameters())
+
+
+def full_model(backbone, **kwargs):
+    torch.manual_seed(0)
+    return TemporalCNN_GRU(**dict(backbone=backbone, use_multiscale=True, use_attention=True, freeze_backbone=False) | kwargs)
+
+
+def settle(model, size):
+    "Batch-norm statistics of a batch of noise: with fresh ones, random weights make activations die out."
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = 1.
+    with torch.no_grad(): model.train()(torch.randn(2, 2, 3, size, size))
+    return model.eval()
+
+
+@pytest.mark.parametrize("multiscale", [True, False])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_scales_and_strides(backbone, multiscale):
+    "The three layers give the promised grids at native size; at 256 px a bright spot shows the stride itself."
+    model, size, shapes = full_model(backbone, use_multiscale=multiscale).eval(), BACKBONES[backbone].image_size, {}
+    for name, layer in model.get_multiscale_layers().items():
+        layer.register_forward_hook(lambda m, args, out, name=name: shapes.__setitem__(name, out.shape[-2:]))
+    with torch.no_grad(): model(torch.randn(1, 1, 3, size, size))
+    assert {name: tuple(s) for name, s in shapes.items()} == {name: (n, n) for name, n in GRIDS[backbone].items()}
+    with torch.no_grad(): model(torch.randn(1, 1, 3, 256, 256))
+    assert {name: 256 // s[0] for name, s in shapes.items()} == SCALES
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_parameter_gets_a_gradient(backbone):
+    model = full_model(backbone).train()
+    nn.functional.cross_entropy(model(torch.randn(2, 2, 3, 96, 96)), torch.tensor([0, 1])).backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not dead
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_each_scale_reaches_the_logits(backbone):
+    "Cut one input of the pyramid: the logits must move."
+    model, x = settle(full_model(backbone), 96), torch.randn(1, 2, 3, 96, 96)
+    with torch.no_grad(): whole = model(x)
+    for name, lateral in model.feature_extractor.pyramid.lateral.items():
+        hook = lateral.register_forward_pre_hook(lambda m, args: (torch.zeros_like(args[0]),))
+        with torch.no_grad(): assert (model(x) - whole).abs().max() > 1e-4, f"the {name} scale does not reach the logits"
+        hook.remove()
+    with torch.no_grad(): assert torch.equal(model(x), whole)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_sizes(backbone):
+    model, (low, high) = full_model(backbone), PARAMETERS[backbone]
+    assert low <= count(model) <= high
+    assert count(model.spatial_attention) <= 120_000
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_pyramid_and_attention_add_a_tenth_at_most(backbone):
+    size = BACKBONES[backbone].image_size
+    def cost(*modules):
+        x = torch.randn(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for m in modules: x = m(x)
+        return counter.get_total_flops()
+    model = full_model(backbone).eval()
+    plain = cost(MultiScaleFeatureExtractor(backbone, use_multiscale=False).eval())
+    assert cost(model.feature_extractor, model.spatial_attention) <= 1.1 * plain
+
+
+def test_plain_arm_has_neither():
+    model = full_model("efficientnet-b0", use_multiscale=False, use_attention=False)
+    assert model.feature_extractor.pyramid is None and model.spatial_attention is None
+
+
+def test_outputs():
+    model, x = full_model("efficientnet-b0").eval(), torch.randn(2, 3, 3, 96, 96)
+    with torch.no_grad():
+        logits, temporal = model(x, return_temporal=True)
+        again, attention = model(x, return_attention=True)
+        assert model(x).shape == logits.shape == (2, 2) and torch.equal(logits, again)
+    assert temporal.shape == (2, 3, 1024) and attention.shape == (2, 3, 3, 3)
+    assert 0 <= attention.min() and attention.max() <= 1
+
+
+def test_channels_last_from_the_constructor():
+    weight = full_model("efficientnet-b0").feature_extractor.net.conv_stem.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_batch_norm_stays_frozen():
+    with pytest.warns(UserWarning, match="frozen at random weights"): model = full_model("efficientnet-b0", freeze_backbone=True)
+    net = model.feature_extractor.net
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    model.train()
+    model(torch.randn(2, 2, 3, 64, 64)).sum().backward()
+    frozen = [name for name, b in net.named_buffers() if torch.equal(b, before[name])]
+    assert "bn1.running_mean" in frozen and "blocks.0.0.bn1.running_mean" in frozen and "blocks.5.1.bn1.running_mean" in frozen
+    assert "blocks.6.0.bn1.running_mean" not in frozen and "bn2.running_mean" not in frozen
+    assert net.conv_stem.weight.grad is None and net.blocks[6][0].conv_pw.weight.grad is not None
+    model.unfreeze(); model.train()
+    model(torch.randn(2, 2, 3, 64, 64)).sum().backward()
+    assert not torch.equal(net.bn1.running_mean, before["bn1.running_mean"]) and net.conv_stem.weight.grad is not None
+
+
+def test_pretrained_without_a_hub_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(ConnectionError, match="train.pretrained: false"): full_model("efficientnet-b0", pretrained=True)

@@ -1,0 +1,115 @@
+"The whole pipeline, from videos to HTML, on a few clips and tiny networks in a temporary folder."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
+
+ROOT = Path(__file__).parents[1]
+ARMS = ("b0_plain", "b0", "b3")
+PAIRS = dict(train=2, val=1, test=2)
+
+
+def subset(source: Path, out: Path):
+    "The first pairs of each split of the bundled clips, in the same layout."
+    (out/"splits").mkdir(parents=True)
+    names = set()
+    for split, n in PAIRS.items():
+        pairs = json.loads((source/"splits"/f"{split}.json").read_text())[:n]
+        (out/"splits"/f"{split}.json").write_text(json.dumps(pairs))
+        names |= {name for a, b in pairs for name in (a, b, f"{a}_{b}", f"{b}_{a}")}
+    for video in source.rglob("*.mp4"):
+        if video.stem in names:
+            target = out/video.relative_to(source); target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(video, target)
+    shutil.copy(source/"manifest.csv", out)
+
+
+def tiny(settings: dict) -> dict:
+    "Settings of seconds."
+    settings["faces"].update(size=96, frames=4)
+    settings["clips"]["frames"] = 2
+    settings["train"].update(workers=0, warmup_steps=0)
+    settings["evaluate"]["resamples"] = 50
+    for arm in settings["arms"].values(): arm.update(image_size=64, batch_size=2, epochs=1, steps_per_epoch=2)
+    return settings
+
+
+def run(folder: Path, *command: str) -> str:
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(PYTHONPATH=str(folder), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A copy of the project with a few clips and tiny settings, run once."
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("dvc.yaml", "settings.ini", ".dvcignore"): shutil.copy(ROOT/name, folder)
+    for name in ("nbs", "spotter"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    (folder/"reports").mkdir()
+    subset(ROOT/"data", folder/"data")
+    (folder/"params.yaml").write_text(yaml.safe_dump(tiny(yaml.safe_load((ROOT/"params.yaml").read_text())), sort_keys=False))
+    run(folder, "dvc", "init", "--no-scm", "--quiet")
+    run(folder, "dvc", "repro")
+    return folder
+
+
+def test_everything_is_there(project):
+    for arm in ARMS:
+        for name in (f"checkpoints/{arm}/best.safetensors", f"checkpoints/{arm}/last.safetensors", f"metrics/{arm}.json", f"metrics/predictions_{arm}.csv",
+                     f"metrics/training/{arm}/metrics.json", f"reports/train_{arm}.ipynb", f"reports/html/evaluate_{arm}.html"):
+            assert (project/name).is_file(), name
+    for name in ("metrics/comparison.json", "metrics/excluded.csv", "reports/html/compare.html", "reports/html/prepare.html"): assert (project/name).is_file(), name
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_outsider_gets_the_same_figures(project, arm):
+    table = pd.read_csv(project/"metrics"/f"predictions_{arm}.csv", dtype=dict(target_id=str, source_id=str))
+    figures = json.loads((project/"metrics"/f"{arm}.json").read_text())
+    recalls = recall_score(table.label, table.prediction, average=None)
+    assert figures["accuracy"]["value"] == pytest.approx(accuracy_score(table.label, table.prediction), abs=1e-6)
+    assert (figures["real_recall"]["value"], figures["fake_recall"]["value"]) == pytest.approx(tuple(recalls), abs=1e-6)
+    assert figures["auc"]["value"] == pytest.approx(roc_auc_score(table.label, table.p_fake), abs=1e-6)
+
+
+def test_only_the_test_split_is_scored(project):
+    test = {name for pair in json.loads((project/"data"/"splits"/"test.json").read_text()) for name in pair}
+    table = pd.read_csv(project/"metrics"/"predictions_b0.csv", dtype=str)
+    assert set(table.target_id) == test and set(table.source_id.dropna()) <= test
+
+
+def test_reports_hold_no_times_and_no_paths(project):
+    for report in (project/"reports").glob("*.ipynb"):
+        text = report.read_text()
+        assert str(project) not in text, report.name
+        for stamp in ("start_time", "end_time", "duration", "it/s"): assert f'"{stamp}"' not in text and f"{stamp}]" not in text, (report.name, stamp)
+
+
+def test_html_is_self_contained(project):
+    for page in (project/"reports"/"html").glob("*.html"):
+        text = page.read_text()
+        assert "<script src=" not in text and '<link rel="stylesheet" href="http' not in text, page.name
+        assert '<img src="http' not in text, page.name
+
+
+def test_second_run_does_nothing(project):
+    assert "Data and pipelines are up to date" in run(project, "dvc", "repro")
+
+
+def test_one_setting_of_b3_reruns_b3_alone(project):
+    path = project/"params.yaml"
+    before, settings = path.read_text(), yaml.safe_load(path.read_text())
+    settings["arms"]["b3"]["learning_rate"] *= 2
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    status = json.loads(run(project, "dvc", "status", "--json").split("\n")[0])
+    path.write_text(before)
+    assert set(status) <= {"train@b3", "compare"}, status
+    assert "train@b3" in status
