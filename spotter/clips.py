@@ -6,12 +6,12 @@
 __all__ = ['MEAN', 'STD', 'prepare_corpus', 'ClipStore', 'to_input', 'WanderingCrop', 'make_augmentation', 'ClipDataset',
            'BalancedSampler']
 
-# %% ../nbs/15_clips.ipynb #4f2c493d
+# %% ../nbs/15_clips.ipynb #b16e273b
 import io, math, multiprocessing, os, tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -23,17 +23,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .core import AugmentParams, FaceParams, Params, find_root, progress
+from .core import AugmentParams, Params, find_root, progress
 from .datasets import COLUMNS, index_dataset
-from .faces import DETECTORS, NoFaceError, face_clip, make_detector
-from .video import VideoError, sample_positions
+from .faces import DETECTORS, encode_png, make_detector, prepare_clip
+from .video import sample_positions
 
-# %% ../nbs/15_clips.ipynb #c7572418
-def _encode(image: np.ndarray) -> bytes:
-    "PNG of an RGB crop or of a mask of 0 and 1."
-    image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image * 255
-    return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP])[1].tobytes()
-
+# %% ../nbs/15_clips.ipynb #124399da
 def _append(
     tar: tarfile.TarFile,  # open for writing
     name: str,
@@ -46,26 +41,7 @@ def _append(
     tar.addfile(info, io.BytesIO(data))
     return start, len(data)
 
-# %% ../nbs/15_clips.ipynb #532bbcfb
-@lru_cache(maxsize=1)
-def _detector(factory, min_score: float):
-    "The detector of this process."
-    return factory(min_score)
-
-def _prepare_clip(row: dict, root: Path, faces: FaceParams, factory) -> tuple[dict, list[dict]]:
-    "Row for the table of clips (with a `reason` when there are no crops), and its crops as PNG."
-    if not row["split"]: return row | {"reason": "in no split"}, []
-    try: clip = face_clip(root/row["path"], faces, _detector(factory, faces.min_score), row["mask_path"] and root/row["mask_path"])
-    except (VideoError, NoFaceError) as e: return row | {"reason": _below(root, str(e)).removeprefix(f"{row['path']}: ")}, []
-    row = row | dict(n_frames=len(clip.frames), source_frames=clip.source_frames, declared_frames=clip.declared_frames, has_mask=clip.masks is not None,
-                     face_size=float(np.median(clip.boxes[:, 2] - clip.boxes[:, 0])), note=_below(root, clip.note), reason="")
-    crops = [dict(clip_id=row["clip_id"], position=p, index=int(clip.indices[p]), time=float(clip.times[p]), **dict(zip(("x0", "y0", "x1", "y1"), map(float, clip.boxes[p]))),
-                  png=_encode(clip.frames[p]), mask_png=b"" if clip.masks is None else _encode(clip.masks[p])) for p in range(len(clip.frames))]
-    return row, crops
-
-def _below(root: Path, text: str) -> str: return text.replace(f"{root}/", "")
-
-# %% ../nbs/15_clips.ipynb #5c373e9a
+# %% ../nbs/15_clips.ipynb #b003275d
 def _results(job, rows: list[dict], workers: int) -> Iterator:
     "`job` over all rows, in order, in this process or in `workers` new ones; OpenCV uses one thread in each."
     if workers < 2:
@@ -73,10 +49,10 @@ def _results(job, rows: list[dict], workers: int) -> Iterator:
         cv2.setNumThreads(1)
         try: yield from map(job, rows)
         finally: cv2.setNumThreads(threads)
-    else:  # new interpreters, because forking a process that runs threads can hang
+    else:  # new interpreters, because forking a process that runs threads can hang; the job stands in `spotter.faces`, which they import in half the time
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool: yield from pool.map(job, rows)
 
-# %% ../nbs/15_clips.ipynb #977bf615
+# %% ../nbs/15_clips.ipynb #86fd0bee
 def prepare_corpus(
     params: Params,                   # `data` and `faces` are used
     out: str | Path,                  # folder of the store; made anew
@@ -87,7 +63,7 @@ def prepare_corpus(
     root, out = Path(root or find_root()/params.data.root).resolve(), Path(out)
     make_detector(params.faces.detector, params.faces.min_score)  # an unknown name is refused here, not in the processes
     rows = index_dataset(root, params.data.layout, params.data.compression).to_dict("records")
-    job = partial(_prepare_clip, root=root, faces=params.faces, factory=DETECTORS[params.faces.detector])
+    job = partial(prepare_clip, root=root, faces=params.faces, factory=DETECTORS[params.faces.detector])
     _clear(out)
     clips, frames, tars = [], [], {}
     with ExitStack() as stack:
@@ -100,7 +76,7 @@ def prepare_corpus(
     _write_tables(pd.DataFrame(clips), pd.DataFrame(frames), out)
     return ClipStore(out)
 
-# %% ../nbs/15_clips.ipynb #61b0c36e
+# %% ../nbs/15_clips.ipynb #3a96206e
 def _clear(out: Path):
     "Make the folder, or remove an earlier store from it."
     out.mkdir(parents=True, exist_ok=True)
@@ -118,11 +94,11 @@ def _write_tables(clips: pd.DataFrame, frames: pd.DataFrame, out: Path):
     "Write the three tables of a store."
     kept = clips[clips.reason == ""].drop(columns="reason")
     kept = kept.astype(dict(n_frames=int, source_frames=int, declared_frames=int, has_mask=bool))
-    clips.loc[clips.reason != "", ["clip_id", "path", "label", "method", "split", "reason"]].to_csv(out/"excluded.csv", index=False)
+    clips.loc[clips.reason != "", [*COLUMNS, "reason"]].to_csv(out/"excluded.csv", index=False)
     frames.to_parquet(out/"frames.parquet", index=False)
     kept.to_parquet(out/"clips.parquet", index=False)
 
-# %% ../nbs/15_clips.ipynb #fd908e20
+# %% ../nbs/15_clips.ipynb #82e46e69
 class ClipStore:
     "Stored face crops, see `prepare_corpus`. `.clips`: one row per clip; `.index`: one row per crop; `.excluded`: clips without crops and the reason."
     def __init__(self, folder: str | Path):  # as written by `prepare_corpus`; `FileNotFoundError` otherwise
@@ -130,7 +106,7 @@ class ClipStore:
         if not (self.folder/"clips.parquet").is_file(): raise FileNotFoundError(f"{self.folder}: no stored clips; make them with `dvc repro prepare`")
         self.clips = pd.read_parquet(self.folder/"clips.parquet")
         self.index = pd.read_parquet(self.folder/"frames.parquet")
-        self.excluded = pd.read_csv(self.folder/"excluded.csv", keep_default_na=False)
+        self.excluded = pd.read_csv(self.folder/"excluded.csv", dtype=str, keep_default_na=False).astype(dict(label=int))
         places = self.index[["offset", "length", "mask_offset", "mask_length"]].to_numpy()
         shards = dict(zip(self.clips.clip_id, self.clips.split))
         self._places = {c: (shards[c], places[rows]) for c, rows in self.index.groupby("clip_id").indices.items()}
@@ -154,7 +130,7 @@ class ClipStore:
         if not places[0, 3]: return frames, np.zeros(frames.shape[:3], np.uint8)
         return frames, np.stack([self._image(shard, *places[p, 2:], cv2.IMREAD_GRAYSCALE) for p in positions]) // 255
 
-# %% ../nbs/15_clips.ipynb #be94e87d
+# %% ../nbs/15_clips.ipynb #63dfbf89
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB
 
 def _as_video(frames: np.ndarray) -> tv_tensors.Video: return tv_tensors.Video(torch.from_numpy(frames).permute(0, 3, 1, 2))
@@ -170,7 +146,7 @@ def to_input(
     "What the network gets of stored crops when nothing is drawn at random."
     return _normalise(F.resize(_as_video(frames), [image_size, image_size], antialias=True))
 
-# %% ../nbs/15_clips.ipynb #7047e075
+# %% ../nbs/15_clips.ipynb #37b838f8
 class WanderingCrop(v2.Transform):
     "Square window around the centre, shifted by up to `shift` of the side and scaled by up to `zoom` around 1, resized to `size`."
     def __init__(self, size: int, shift: float, zoom: float):
@@ -189,7 +165,7 @@ class WanderingCrop(v2.Transform):
         if pad: inpt = F.pad(inpt, [pad]*4, padding_mode="reflect")
         return F.resized_crop(inpt, params["top"] + pad, params["left"] + pad, window, window, [self.size, self.size], antialias=True)
 
-# %% ../nbs/15_clips.ipynb #cbd72129
+# %% ../nbs/15_clips.ipynb #9b195d6d
 def make_augmentation(
     params: AugmentParams,
     image_size: int,  # side of the result
@@ -199,7 +175,7 @@ def make_augmentation(
     return v2.Compose([WanderingCrop(image_size, params.shift, params.zoom), v2.RandomHorizontalFlip(params.flip), v2.ColorJitter(c, c, c),
                        v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], params.blur), v2.RandomApply([v2.JPEG((50, 95))], params.jpeg)])
 
-# %% ../nbs/15_clips.ipynb #e895151d
+# %% ../nbs/15_clips.ipynb #4aea1a0a
 class ClipDataset(Dataset):
     "Clips of a store as tensors. Item: `clip` (T, 3, H, W) float32, `mask` (T, H, W) float32 0/1, `label` int, `index` int, `mask_known` bool (false: a fake without a mask video)."
     def __init__(
@@ -240,7 +216,7 @@ class ClipDataset(Dataset):
             video, masks = self.augment(_as_video(frames), tv_tensors.Mask(torch.from_numpy(masks)))
         return _normalise(video), masks
 
-# %% ../nbs/15_clips.ipynb #c4af3cd4
+# %% ../nbs/15_clips.ipynb #da9ce824
 def _draw(groups: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
     "`count` members, evenly over the groups, in random order; inside a group none is repeated before all were drawn."
     shares = np.full(len(groups), count // len(groups))

@@ -6,16 +6,17 @@
 __all__ = ['METHODS', 'GRADES', 'SWAPS', 'Recipe', 'draw_recipe', 'through_bottleneck', 'shifted', 'mask_box', 'fade',
            'colour_gain', 'falsify']
 
-# %% ../nbs/11_manipulations.ipynb #c50012bd
+# %% ../nbs/11_manipulations.ipynb #ab607300
 from dataclasses import asdict, dataclass
 
 import cv2
 import numpy as np
+from scipy.ndimage import binary_fill_holes
 
 from .heads import generator
 from .scenes import smooth_curve
 
-# %% ../nbs/11_manipulations.ipynb #da91bd46
+# %% ../nbs/11_manipulations.ipynb #03792692
 METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 GRADES = ("obvious", "medium", "hard")
 SWAPS = ("Deepfakes", "FaceSwap")   # these paste the source's identity; the others give the target the source's expression
@@ -34,7 +35,7 @@ class Recipe:
     jitter: float        # wandering of the paste from frame to frame, standard deviation
     flicker: float       # change of its brightness from frame to frame, relative standard deviation
 
-# %% ../nbs/11_manipulations.ipynb #ceea65fe
+# %% ../nbs/11_manipulations.ipynb #297fc6f4
 #                      bottleneck      blur          match          colour          seam           jitter         flicker
 _TABLE = {
     "Deepfakes":      ((36, 52, 96),  (0, 0, 0),    (.75, .9, 1.), (.10, .06, .02), (3., 4., 6.),  (1.1, .6, .2), (.05, .025, .01)),
@@ -60,7 +61,7 @@ def draw_recipe(
     values[0], values[2] = int(round(values[0])), min(values[2], 1.)
     return Recipe(method, strength, str(rng.choice(names, p=chances)), *(round(float(v), 4) if i else v for i, v in enumerate(values)))
 
-# %% ../nbs/11_manipulations.ipynb #0c8892c7
+# %% ../nbs/11_manipulations.ipynb #f5c6cb39
 def through_bottleneck(
     image: np.ndarray,   # (H, W, 3)
     box,                 # (x, y, width, height) of the face
@@ -86,7 +87,7 @@ def mask_box(mask: np.ndarray, pad: int = 0):
     y, x = max(rows[0]-pad, 0), max(columns[0]-pad, 0)
     return int(x), int(y), int(min(columns[-1]+1+pad, mask.shape[1])-x), int(min(rows[-1]+1+pad, mask.shape[0])-y)
 
-# %% ../nbs/11_manipulations.ipynb #40de0cea
+# %% ../nbs/11_manipulations.ipynb #372977d2
 def fade(
     mask: np.ndarray,   # (H, W) bool
     width: float,       # pixels
@@ -106,7 +107,7 @@ def colour_gain(
     means = [np.maximum(x[masks].mean(0), 1e-4) for x in (target, donor)]
     return (means[0]/means[1])**match*(1+error)
 
-# %% ../nbs/11_manipulations.ipynb #a3238d08
+# %% ../nbs/11_manipulations.ipynb #350c7f2b
 def falsify(
     target: np.ndarray,           # (T, H, W, 3) linear frames of the original
     donor: np.ndarray,            # (T, H, W, 3) linear frames of what is pasted, in the same pose
@@ -122,7 +123,7 @@ def falsify(
     gains = 1 + recipe.flicker*rng.normal(size=count)
     error = recipe.colour*_tint(rng)
     moved = [shifted(np.dstack([d, r]), *(recipe.jitter*side*m)) for d, r, m in zip(donor, donor_region, move)]
-    masks = np.stack([(t > .5) & (m[..., 3] > .5) for t, m in zip(target_region, moved)])
+    masks = np.stack([binary_fill_holes((t > .5) & (m[..., 3] > .5)) for t, m in zip(target_region, moved)])   # the throat is a hole in the mesh
     donor = np.stack([m[..., :3] for m in moved])
     if not masks.any(): raise ValueError(f"{recipe.method}: the region {recipe.region!r} is out of sight in every frame; choose another framing")
     gain, frames = colour_gain(target, donor, masks, recipe.match, error), target.copy()

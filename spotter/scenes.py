@@ -8,7 +8,7 @@ __all__ = ['MOUTH_ACTIONS', 'PIVOT', 'REGIONS', 'Motion', 'smooth_curve', 'sampl
            'texture_points', 'prepare_actor', 'clip_surface', 'assemble', 'Stage', 'sample_stage', 'render_colour',
            'render_regions', 'render_frame', 'denoise', 'background', 'Camera', 'sample_camera', 'develop']
 
-# %% ../nbs/10_scenes.ipynb #d0b28d2e
+# %% ../nbs/10_scenes.ipynb #fde7d34b
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 
 from .heads import BELOW, Head, Template, generator, hair_amount, paint_eye, paint_skin, smoothstep, space_noise, surface_points
 
-# %% ../nbs/10_scenes.ipynb #4866c2fe
+# %% ../nbs/10_scenes.ipynb #18d495a7
 @dataclass(frozen=True)
 class Motion:
     "What a head does in a clip of T frames."
@@ -39,7 +39,7 @@ def smooth_curve(
     hz, phase = fastest*rng.uniform(.35, 1, waves), rng.uniform(0, 2*np.pi, waves)
     return np.sin(2*np.pi*times[:, None]*hz + phase).sum(1)/np.sqrt(waves)
 
-# %% ../nbs/10_scenes.ipynb #c351721d
+# %% ../nbs/10_scenes.ipynb #a0633ecb
 def _speech(rng, t) -> dict:
     "Mouth movements of speech: syllables at 3 to 6 Hz that open, round and spread the lips."
     loud, up = rng.uniform(.25, .6), lambda hz, amount: np.clip(smooth_curve(rng, t, hz), 0, 1)*amount
@@ -61,7 +61,7 @@ def _upper_face(rng, t) -> dict:
 
 MOUTH_ACTIONS = ("mouth", "jaw", "cheek", "nose", "tongue")   # what speech moves; the rest is the upper face
 
-# %% ../nbs/10_scenes.ipynb #1c7608bb
+# %% ../nbs/10_scenes.ipynb #1ec45cff
 def sample_motion(
     template: Template,
     name: str,          # of the clip
@@ -80,7 +80,7 @@ def sample_motion(
     gaze = np.stack([-.45*turn[:, 2] + .12*np.round(smooth_curve(rng, t, 1.5)*1.2)/1.2, .05*smooth_curve(rng, t, 1)], 1)
     return Motion(actions, turn, np.clip(gaze, -.4, .4))
 
-# %% ../nbs/10_scenes.ipynb #1ea79ac0
+# %% ../nbs/10_scenes.ipynb #f3205606
 PIVOT = np.array([0, -.02, .0], np.float32)   # of the neck, metres
 
 def pose_vertices(
@@ -97,7 +97,7 @@ def pose_vertices(
     spin = Rotation.from_rotvec(weight[:, None]*turn)
     return (spin.apply(vertices-PIVOT) + PIVOT).astype(np.float32)
 
-# %% ../nbs/10_scenes.ipynb #eb3a7213
+# %% ../nbs/10_scenes.ipynb #a1f50743
 def eyeballs(
     template: Template,
     rest: np.ndarray,          # (V, 3)
@@ -119,7 +119,7 @@ def eyeballs(
     return (np.concatenate([head.apply(c-PIVOT) + PIVOT + r*normals for c, r in zip(centres, radii)]), np.concatenate([faces, faces+len(ball)]),
             np.tile(uv, (2, 1)), np.tile(normals, (2, 1)))
 
-# %% ../nbs/10_scenes.ipynb #13b7a118
+# %% ../nbs/10_scenes.ipynb #3dfada13
 def vertex_normals(
     vertices: np.ndarray,  # (V, 3)
     faces: np.ndarray,     # (T, 3)
@@ -140,7 +140,7 @@ class Surface:
     regions: np.ndarray    # (N, 3) how much a vertex belongs to each of three regions
     material: dict         # Mitsuba's description of the reflection
 
-# %% ../nbs/10_scenes.ipynb #fc09ba30
+# %% ../nbs/10_scenes.ipynb #9de0f4f4
 def _ellipse(x, z, centre, size, soft=.12):
     "1 inside an ellipse of the frontal plane, 0 outside, soft edge."
     return 1-smoothstep(np.hypot((x-centre[0])/size[0], (z-centre[1])/size[1]), 1-soft, 1+soft)
@@ -165,7 +165,7 @@ def region_weights(
     front[~outside] = 1                                  # the inside of the mouth lies deep, but is seen through the face
     return np.stack([REGIONS[n](x, z)*front for n in names], 1).astype(np.float32)
 
-# %% ../nbs/10_scenes.ipynb #0b32fd45
+# %% ../nbs/10_scenes.ipynb #727e5f39
 def to_linear(srgb):
     "Linear light of sRGB values, both 0…1."
     srgb = np.asarray(srgb, np.float32)
@@ -182,7 +182,7 @@ def _principled(colour, roughness, specular=.35):
     texture = {"type": "rgb", "value": [float(v) for v in linear]} if linear.ndim == 1 else {"type": "bitmap", "bitmap": mi.Bitmap(linear), "raw": True}
     return {"type": "twosided", "bsdf": {"type": "principled", "base_color": texture, "roughness": float(roughness), "specular": float(specular)}}
 
-# %% ../nbs/10_scenes.ipynb #a0a5a1b6
+# %% ../nbs/10_scenes.ipynb #7626993b
 def use_renderer():
     "Mitsuba's variant that runs everywhere, on one thread: the work is spread over processes."
     mi.set_variant("scalar_rgb")
@@ -197,16 +197,16 @@ class Actor:
     materials: dict
 
 @lru_cache(maxsize=1)
-def texture_points(template: Template) -> np.ndarray:
+def texture_points(template: Template, height: int = 768) -> np.ndarray:
     "`surface_points`, computed once a process: they depend on the template alone."
-    return surface_points(template)
+    return surface_points(template, height)
 
-def _hair(template: Template, look: dict, rng) -> np.ndarray:
+def _hair(points: np.ndarray, look: dict, rng) -> np.ndarray:
     "Hair with strands that are lighter and darker."
-    strands = space_noise(texture_points(template)[..., :3]*[1, .3, .3], .0025, rng, 30)
+    strands = space_noise(points*np.float32([1, .3, .3]), .0025, rng, 30)
     return np.clip(np.asarray(look["hair"])*np.clip(.9 + (.2-.15*np.mean(look["hair"]))*strands, .4, 1.5)[..., None], 0, 1)
 
-# %% ../nbs/10_scenes.ipynb #0e857fe5
+# %% ../nbs/10_scenes.ipynb #4a0eeb94
 def _cloth(look: dict, rng) -> dict:
     "Cloth in one colour or striped."
     rows = np.sin(np.arange(256)/256*2*np.pi*rng.integers(8, 30))[:, None, None] > .3
@@ -217,19 +217,20 @@ def prepare_actor(
     template: Template,
     head: Head,
     seed: int = 0,
+    texture: int = 768,   # height of the painted skin in texels; three times the frame's side is enough
 ) -> Actor:
     "Paint the textures once per clip."
     use_renderer()
     look, rng = head.identity.look, generator(seed, "materials", head.identity.name)
-    tone = np.asarray(look["skin"])
-    materials = {"skin": _principled(paint_skin(head.identity, texture_points(template), seed), look["shine"]), "body": _principled(tone*.97, .55),
+    points, tone = texture_points(template, texture), np.asarray(look["skin"])
+    materials = {"skin": _principled(paint_skin(head.identity, points, seed), look["shine"]), "body": _principled(tone*.97, .55),
                  "eye": _principled(paint_eye(look, rng), .07, .6), "mouth": _principled((.40, .13, .12), .5), "socket": _principled(tone*.6, .7),
                  "tongue": _principled((.62, .30, .29), .4), "teeth": _principled((.84, .80, .71), .25, .5),
                  "lashes": {"type": "mask", "opacity": .4, "bsdf": _principled((.04, .03, .03), .8, .1)}, "cloth": _cloth(look, rng),
-                 "hair": _principled(_hair(template, look, rng), .8, .1), "cap": _principled(look["cap"], .95, .05)}
+                 "hair": _principled(_hair(points[..., :3], look, rng), .8, .1), "cap": _principled(look["cap"], .95, .05)}
     return Actor(template, head, materials)
 
-# %% ../nbs/10_scenes.ipynb #cce7729e
+# %% ../nbs/10_scenes.ipynb #ae27b411
 def _take(template, vertices, faces, material, regions, corners=None, normals=None) -> Surface:
     "A part with its own vertices; texture seams split a vertex in two."
     if corners is None: corners = np.zeros_like(faces)
@@ -255,7 +256,7 @@ def clip_surface(
     rows = np.concatenate([rows, *new])
     return Surface(rows[:, :3], np.concatenate(faces), rows[:, 3:6], rows[:, 6:8], rows[:, 8:], surface.material)
 
-# %% ../nbs/10_scenes.ipynb #e21e5abd
+# %% ../nbs/10_scenes.ipynb #f569c7c3
 def _shell(actor: Actor, vertices, normals, regions) -> Surface:
     "Hair or a cap: the scalp pushed outwards, cut along the hairline."
     t, look = actor.template, actor.head.identity.look
@@ -268,7 +269,7 @@ def _shell(actor: Actor, vertices, normals, regions) -> Surface:
     shell = _take(t, vertices + normals*push[:, None], faces, actor.materials["cap" if cap else "hair"], regions, t.corners)
     return clip_surface(shell, np.where(t.ears > .2, -.01, height)[number])
 
-# %% ../nbs/10_scenes.ipynb #372a5b07
+# %% ../nbs/10_scenes.ipynb #648689b5
 def assemble(
     actor: Actor,
     rest: np.ndarray,      # (V, 3) at rest: the actor's own or aligned to another head
@@ -313,7 +314,7 @@ def _locks(actor: Actor, vertices, regions) -> Surface:
     around = np.stack([np.arctan2(x, y)/np.pi % 1, np.clip(.5 + z, 0, 1)], 1)[np.unique(hull)]
     return clip_surface(replace(locks, uv=around), np.minimum(behind, z - look["length"])[np.unique(hull)])
 
-# %% ../nbs/10_scenes.ipynb #a4e1857e
+# %% ../nbs/10_scenes.ipynb #6b6a5841
 @dataclass(frozen=True)
 class Stage:
     "Camera and light of a clip."
@@ -335,7 +336,7 @@ def sample_stage(name: str, seed: int = 0) -> Stage:
         lights.append((np.array([np.sin(a)*np.cos(e), -np.cos(a)*np.cos(e), np.sin(e)])*1.3 + [0, 0, .1], rng.uniform(.2, .5), 9*power*warm()))
     return Stage({"origin": origin, "target": target, "fov": float(np.degrees(2*np.arctan(view/2/distance)))}, lights, rng.uniform(.25, .7)*warm())
 
-# %% ../nbs/10_scenes.ipynb #a3007d93
+# %% ../nbs/10_scenes.ipynb #d667d728
 def _mesh(surface: Surface, emits: bool):
     "A Mitsuba mesh that reflects light, or shines in the colours of its regions."
     props = mi.Properties()
@@ -360,7 +361,7 @@ def _sensor(stage: Stage, size: int, samples: int, seed: int, crop) -> dict:
     return {"type": "perspective", "fov": stage.camera["fov"], "to_world": look, "film": film,
             "sampler": {"type": "multijitter", "sample_count": samples, "seed": seed}}
 
-# %% ../nbs/10_scenes.ipynb #3ac5cbdc
+# %% ../nbs/10_scenes.ipynb #d107dd3f
 def render_colour(
     surfaces: list[Surface],
     stage: Stage,
@@ -384,7 +385,7 @@ def render_regions(surfaces, stage, size, samples=4, crop=None) -> np.ndarray:
     scene |= {f"part{i}": _mesh(s, True) for i, s in enumerate(surfaces)}
     return np.array(mi.render(mi.load_dict(scene, parallel=False), seed=0))[..., :3]
 
-# %% ../nbs/10_scenes.ipynb #12e43ec8
+# %% ../nbs/10_scenes.ipynb #6d4777e0
 def render_frame(
     surfaces: list[Surface],
     stage: Stage,
@@ -405,7 +406,7 @@ def denoise(colour: np.ndarray) -> np.ndarray:
     rgb, alpha = np.cbrt(np.maximum(colour[..., :3], 0)), colour[..., 3:]
     return np.concatenate([cv2.bilateralFilter(rgb, 5, .07, 1.3)**3, alpha], -1)
 
-# %% ../nbs/10_scenes.ipynb #1990d619
+# %% ../nbs/10_scenes.ipynb #6472cc82
 def background(
     name: str,     # of the clip
     size: int,     # side in pixels
@@ -425,7 +426,7 @@ def background(
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(2.5, 7))
     return to_linear(np.clip(cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC), .01, 1))
 
-# %% ../nbs/10_scenes.ipynb #79cfafa2
+# %% ../nbs/10_scenes.ipynb #4a629d94
 @dataclass(frozen=True)
 class Camera:
     "What turns linear light into the pixels of a clip."

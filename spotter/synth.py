@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'Settings', 'make_settings', 'plan_splits', 'plan_fakes', 'clip_path', 'plan_manifest', 'write_video', 'Job',
            'align_to', 'Take', 'film', 'make_clips', 'develop_clips', 'run_job', 'open_jobs', 'synthesise']
 
-# %% ../nbs/11_synth.ipynb #7301737c
+# %% ../nbs/11_synth.ipynb #00edf6aa
 import json, multiprocessing, os, shutil, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from .manipulations import GRADES, METHODS, SWAPS, Recipe, draw_recipe, falsify,
 from .scenes import (Actor, Motion, Stage, assemble, background, develop, prepare_actor, region_weights, render_frame, sample_camera, sample_motion,
                             sample_stage)
 
-# %% ../nbs/11_synth.ipynb #a8c412bb
+# %% ../nbs/11_synth.ipynb #c9f38bf0
 @dataclass(frozen=True)
 class Settings:
     "Everything that decides what is in the files; recorded beside them in `synth.json`."
@@ -48,7 +48,7 @@ def make_settings(pairs, frames, fps, size, samples, grades, seed) -> Settings:
     if unknown := set(grades) - set(GRADES): raise ValueError(f"grades {sorted(unknown)}: choose from {', '.join(GRADES)}")
     return Settings(tuple(int(p) for p in pairs), int(frames), int(fps), int(size), int(samples), tuple(grades), int(seed))
 
-# %% ../nbs/11_synth.ipynb #a3cf2f4b
+# %% ../nbs/11_synth.ipynb #4d36901e
 SPLITS = ("train", "val", "test")
 
 def plan_splits(settings: Settings) -> dict:
@@ -68,7 +68,7 @@ def plan_fakes(settings: Settings) -> list[Recipe]:
                 fakes.append((target, source, draw_recipe(method, grade, f"{target}_{source}", settings.seed)))
     return fakes
 
-# %% ../nbs/11_synth.ipynb #dda0f735
+# %% ../nbs/11_synth.ipynb #51122c20
 def clip_path(method: str, name: str, mask: bool = False) -> str:
     "Where FaceForensics++ keeps a clip, relative to the root; method \"youtube\" for the originals."
     if method == "youtube": return f"original_sequences/youtube/c23/videos/{name}.mp4"
@@ -81,9 +81,10 @@ def plan_manifest(settings: Settings) -> pd.DataFrame:
     rows = [{"method": "youtube", "name": n, "split": s, "strength": ""} for n, s in split_of.items()]
     rows += [{"method": r.method, "name": f"{t}_{s}", "split": split_of[t], "strength": r.strength} | {k: v for k, v in asdict(r).items() if k not in ("method", "strength")}
              for t, s, r in plan_fakes(settings)]
-    return pd.DataFrame(rows).sort_values(["method", "name"], key=lambda c: c.replace("youtube", " ")).reset_index(drop=True)
+    table = pd.DataFrame(rows).astype({"bottleneck": "Int64"})
+    return table.sort_values(["method", "name"], key=lambda c: c.replace("youtube", " ")).reset_index(drop=True)
 
-# %% ../nbs/11_synth.ipynb #3bfff861
+# %% ../nbs/11_synth.ipynb #702dc313
 def write_video(
     path,
     frames: np.ndarray,      # (T, H, W, 3) uint8 RGB, or (T, H, W) bool for a mask
@@ -102,7 +103,7 @@ def write_video(
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
-# %% ../nbs/11_synth.ipynb #9351a841
+# %% ../nbs/11_synth.ipynb #26bb8087
 @dataclass(frozen=True)
 class Job:
     "All clips of one target: its original and the fakes made of it."
@@ -129,7 +130,7 @@ def align_to(
     scale = float(((a-ca)*(b-cb)).sum()/((a-ca)**2).sum())
     return (source-ca)*scale + cb, scale
 
-# %% ../nbs/11_synth.ipynb #296af0bb
+# %% ../nbs/11_synth.ipynb #8673b626
 @dataclass(frozen=True)
 class Take:
     "The rendered frames of a clip: T frames."
@@ -150,13 +151,13 @@ def film(
     "Render all frames of a clip, or only a window of each."
     weights, shots = region_weights(actor.template, regions), []
     for t in range(settings.frames):
-        crop = None if within is None else (mask_box(within[t], 12) or (0, 0, 8, 8))
+        crop = None if within is None else (mask_box(within[t], settings.size//20) or (0, 0, 8, 8))
         surfaces = assemble(actor, rest, motion, t, weights, scale, dressed=within is None)
         seed = int(generator(settings.seed, "rays", key, t).integers(2**31))
         shots.append(render_frame(surfaces, stage, settings.size, settings.samples, seed, crop))
     return Take(*(np.stack(x) for x in zip(*shots)))
 
-# %% ../nbs/11_synth.ipynb #0e60e873
+# %% ../nbs/11_synth.ipynb #3cc3a276
 def make_clips(
     template: Template,
     job: Job,
@@ -164,7 +165,7 @@ def make_clips(
     "Render the original, then per kind of manipulation one donor that its methods share."
     s, name, other = job.settings, job.target.identity.name, job.source.identity.name
     stage = sample_stage(name, s.seed)
-    actor, motion = prepare_actor(template, job.target, s.seed), sample_motion(template, name, s.frames, s.fps, s.seed)
+    actor, motion = prepare_actor(template, job.target, s.seed, 3*s.size), sample_motion(template, name, s.frames, s.fps, s.seed)
     regional = [r.region for r in job.recipes if r.method == "Face2Face"] or ["lower"]
     names = ("face", regional[0], "mouth")
     shot = film(actor, job.target.vertices, motion, stage, names, s, f"{name}/original")
@@ -189,7 +190,7 @@ def _swap(template, job, motion, stage, names, seen) -> Take:
     "The source's face with the target's pose, expression and light."
     rest, scale = align_to(template, job.source.vertices, job.target.vertices)
     key = f"{job.target.identity.name}_{job.source.identity.name}/swap"
-    return film(prepare_actor(template, job.source, job.settings.seed), rest, motion, stage, names, job.settings, key, scale, seen)
+    return film(prepare_actor(template, job.source, job.settings.seed, 3*job.settings.size), rest, motion, stage, names, job.settings, key, scale, seen)
 
 def _reenact(template, job, actor, motion, stage, names, seen) -> Take:
     "The target's face with the expression of the source's clip."
@@ -198,7 +199,7 @@ def _reenact(template, job, actor, motion, stage, names, seen) -> Take:
     key = f"{job.target.identity.name}_{name}/reenact"
     return film(actor, job.target.vertices, Motion(theirs.actions, motion.turn, motion.gaze), stage, names, s, key, within=seen)
 
-# %% ../nbs/11_synth.ipynb #e238483b
+# %% ../nbs/11_synth.ipynb #845a0c74
 def develop_clips(job: Job, clips: dict) -> dict:
     "Pixels of all clips: a fake meets the very same noise as its original, frame by frame."
     s, name = job.settings, job.target.identity.name
@@ -217,7 +218,7 @@ def run_job(job: Job, root: str, template: Template | None = None) -> list[str]:
             os.replace(part, Path(root)/path)
     return job.files
 
-# %% ../nbs/11_synth.ipynb #fcbc3832
+# %% ../nbs/11_synth.ipynb #4943afff
 _STATE = {}   # of a worker process
 
 def _start_worker(template: Template):
@@ -228,7 +229,7 @@ def _start_worker(template: Template):
     parent = multiprocessing.parent_process()
     if parent: threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
-# %% ../nbs/11_synth.ipynb #a767e456
+# %% ../nbs/11_synth.ipynb #0c967dda
 def _claim(root: Path, settings: Settings):
     "Record the settings in a new folder; refuse one that was made with others."
     path, now = root/"synth.json", json.loads(json.dumps(asdict(settings)))
@@ -248,7 +249,7 @@ def _write_text(path: Path, text: str):
     part.write_text(text)
     os.replace(part, path)
 
-# %% ../nbs/11_synth.ipynb #8f2bda76
+# %% ../nbs/11_synth.ipynb #6339b5ec
 def open_jobs(root: Path, settings: Settings) -> list[Job]:
     "Jobs with a file missing."
     fakes, jobs, heads = plan_fakes(settings), [], {}

@@ -15,15 +15,11 @@ from spotter.core import AugmentParams, find_root, load_params
 from spotter.datasets import COLUMNS, DatasetError, index_dataset
 from spotter.faces import DETECTORS, NoFaceError, crop_face, face_clip, make_detector
 from spotter.video import VideoError, count_frames, probe, read_frames, write_video
+from whole_frame import whole_frame
 
 SIDE, FRAMES = 64, 12
 PAIRS = {"train": [["000", "001"]], "val": [["002", "003"]], "test": [["004", "005"]]}
 AUGMENT = AugmentParams(flip=0.5, shift=0.1, zoom=0.1, colour=0.3, blur=0.5, jpeg=0.5)
-
-
-def whole_frame(min_score):
-    "A detector for pictures without faces: the face is always the whole frame. At module level, so that new processes can import it."
-    return lambda frame: np.array([[0, 0, frame.shape[1], frame.shape[0], 1.0]])
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +67,9 @@ def corpus(tmp_path_factory): return make_corpus(tmp_path_factory.mktemp("corpus
 
 @pytest.fixture(scope="module")
 def store(corpus, params, tmp_path_factory):
-    DETECTORS["whole-frame"] = whole_frame  # the fixture above is per test
-    return prepare_corpus(params, tmp_path_factory.mktemp("faces"), root=corpus, workers=1)
+    with pytest.MonkeyPatch.context() as m:  # the fixture above is set up later than this one
+        m.setitem(DETECTORS, "whole-frame", whole_frame)
+        return prepare_corpus(params, tmp_path_factory.mktemp("faces"), root=corpus, workers=1)
 
 
 # --- the index -------------------------------------------------------------------------------------------------------
@@ -223,6 +220,7 @@ def test_what_cannot_be_prepared_is_listed(tmp_path, params):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         store = prepare_corpus(params, tmp_path/"faces", root=corpus, workers=1)
+    assert store.excluded.columns.tolist() == [*COLUMNS, "reason"] and store.excluded.target_id.tolist() == ["000", "001", "002", "006"]
     reasons = store.excluded.set_index("clip_id").reason
     assert reasons.index.tolist() == [f"youtube/c23/{n}" for n in ("000", "001", "002", "006")]
     for reason, expected in zip(reasons, ("empty", "not a video", "only audio", "in no split")): assert expected in reason and str(tmp_path) not in reason

@@ -127,11 +127,11 @@ def test_interval_of_a_proportion_is_near_the_exact_one(n, share):
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
-    for trial in range(200):
+    for trial in range(150):
         table = hits(60, .5).assign(hit=rng.random(60) < .7)
-        found = M.bootstrap_intervals(table, share_of_hits, 200, trial)["share"]
+        found = M.bootstrap_intervals(table, share_of_hits, 150, trial)["share"]
         covered += found["lo"] <= .7 <= found["hi"]
-    assert .89 <= covered/200 <= .99
+    assert .88 <= covered/150 <= .99
 
 
 def test_copies_of_a_person_add_no_evidence():
@@ -163,7 +163,7 @@ def test_an_arm_does_not_differ_from_itself():
     table = arm()
     for figure in M.paired_differences(table, table.sample(frac=1, random_state=0), M.overall_figures, 100, 0).values():
         assert list(figure.values()) == pytest.approx([0, 0, 0], abs=1e-12)
-        assert M.verdict({k: round(v, 9) for k, v in figure.items()}) == "cannot be told from noise"
+        assert M.verdict(figure) == "cannot be told from noise"
 
 
 def test_paired_differences_have_the_sign_of_a_minus_b_and_are_narrower_than_unpaired_ones():
@@ -207,7 +207,8 @@ def test_threshold_by_hand():
 @pytest.mark.parametrize("seed", range(10))
 def test_no_threshold_beats_the_chosen_one(seed):
     y, p = scores(seed, n=30, ties=seed % 2)
-    best = max(f1_score(y, p >= t, average="macro", zero_division=0) for t in np.linspace(0, 1, 2001))
+    p = np.round(p, 6)
+    best = max(f1_score(y, p >= t, average="macro", zero_division=0) for t in {*p, 1.1})    # verdicts change at scores only
     assert M.mean_f1(y, p >= M.choose_threshold(y, p)) >= best - 1e-12
 
 
