@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIVOT', 'Motion', 'smooth_curve', 'sample_motion', 'pose_vertices', 'eyeballs']
 
-# %% ../nbs/10_motion.ipynb #18ba8b7c
+# %% ../nbs/10_motion.ipynb #05222856
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from .heads import Template, generator, smoothstep
 
-# %% ../nbs/10_motion.ipynb #3d83e9de
+# %% ../nbs/10_motion.ipynb #fd4ec10a
 @dataclass(frozen=True)
 class Motion:
     "What a head does in a clip of T frames."
@@ -21,7 +21,7 @@ class Motion:
     turn: np.ndarray      # (T, 3) rotation vector of the head, radians
     gaze: np.ndarray      # (T, 2) yaw and pitch of the eyes, radians
 
-# %% ../nbs/10_motion.ipynb #385503f0
+# %% ../nbs/10_motion.ipynb #e8eba000
 def smooth_curve(
     rng: np.random.Generator,
     times: np.ndarray,      # (T,) seconds
@@ -32,7 +32,7 @@ def smooth_curve(
     hz, phase = fastest*rng.uniform(.35, 1, waves), rng.uniform(0, 2*np.pi, waves)
     return np.sin(2*np.pi*times[:, None]*hz + phase).sum(1)/np.sqrt(waves)
 
-# %% ../nbs/10_motion.ipynb #1498f919
+# %% ../nbs/10_motion.ipynb #3c5dab1f
 def _speech(rng, t) -> dict:
     "Mouth movements of speech: syllables at 3 to 6 Hz that open, round and spread the lips."
     loud, up = rng.uniform(.25, .6), lambda hz, amount: np.clip(smooth_curve(rng, t, hz), 0, 1)*amount
@@ -52,7 +52,7 @@ def _upper_face(rng, t) -> dict:
             "browDownLeft": np.clip(-brow, 0, 1)*.4, "browDownRight": np.clip(-brow, 0, 1)*.4,
             "eyeBlinkLeft": np.clip(blink + .06, 0, 1), "eyeBlinkRight": np.clip(blink + .06, 0, 1), "eyeSquintLeft": squint, "eyeSquintRight": squint}
 
-# %% ../nbs/10_motion.ipynb #23daf38f
+# %% ../nbs/10_motion.ipynb #2fe2d3d1
 def sample_motion(
     template: Template,
     name: str,          # of the clip
@@ -71,7 +71,7 @@ def sample_motion(
     gaze = np.stack([-.45*turn[:, 2] + .12*np.round(smooth_curve(rng, t, 1.5)*1.2)/1.2, .05*smooth_curve(rng, t, 1)], 1)
     return Motion(actions, turn, np.clip(gaze, -.4, .4))
 
-# %% ../nbs/10_motion.ipynb #aaec6841
+# %% ../nbs/10_motion.ipynb #4a9540be
 PIVOT = np.array([0, -.02, .0], np.float32)   # of the neck, metres
 
 def pose_vertices(
@@ -88,7 +88,7 @@ def pose_vertices(
     spin = Rotation.from_rotvec(weight[:, None]*turn)
     return (spin.apply(vertices-PIVOT) + PIVOT).astype(np.float32)
 
-# %% ../nbs/10_motion.ipynb #3d618d90
+# %% ../nbs/10_motion.ipynb #9c2f8bcc
 def eyeballs(
     template: Template,
     rest: np.ndarray,          # (V, 3)
