@@ -2,6 +2,9 @@
 UV := $(shell command -v uv || echo .uv/bin/uv)
 RUN := $(UV) run --frozen
 export PYTHONWARNINGS = ignore
+# glibc hands every large tensor back to the kernel at once and has its pages zeroed again for the next; keeping them is worth a tenth of a training
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 100000000000
 .DEFAULT_GOAL := help
 .PHONY: help repro test lab bench reference clean environment data
 
@@ -22,7 +25,7 @@ repro: data  ## train, evaluate and compare all arms; reruns only what changed
 
 test: data  ## notebooks against package, every library notebook, pytest
 	$(RUN) pytest tests/test_notebooks.py
-	$(RUN) nbdev_test --skip_folder_re '^[_.]|^stages' --n_workers 2
+	OMP_NUM_THREADS=1 $(RUN) nbdev_test --skip_folder_re '^[_.]|^stages' --n_workers 2
 	$(RUN) pytest --ignore tests/test_notebooks.py
 
 lab: data  ## JupyterLab on the notebooks
@@ -34,8 +37,9 @@ bench: data  ## speeds as ratios, measured side by side
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
 	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"
 
-readme: environment
-	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+readme: environment  ## make README.md from its notebook
+	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output README nbs/index.ipynb
 
 clean:  ## remove what the stages made; data and the caches of DVC stay
 	rm -rf faces checkpoints reports/html .resume

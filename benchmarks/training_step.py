@@ -13,7 +13,7 @@ import typer
 from spotter.clips import ClipStore
 from spotter.core import autocast, find_root, load_params, resolve_precision
 from spotter.pyramid import create_backbone
-from spotter.train import set_up
+from spotter.train import batch_loss, set_up
 
 
 def endless(loader):
@@ -25,9 +25,9 @@ def endless(loader):
 
 def training_step(session, batches):
     "One batch from the disk to the updated weights."
-    batch = next(batches)
+    batch, mask_weight = next(batches), session.params.train.mask_loss * session.params.arms[session.arm].use_multiscale
     with session.accelerator.accumulate(session.model):
-        session.accelerator.backward(session.loss_fn(session.model(batch["clip"]), batch["label"]))
+        session.accelerator.backward(batch_loss(session.model, batch, session.loss_fn, mask_weight))
         if session.accelerator.sync_gradients: session.accelerator.clip_grad_norm_(session.model.parameters(), session.params.train.clip_norm)
         session.optimizer.step(); session.scheduler.step(); session.optimizer.zero_grad()
 

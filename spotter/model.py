@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pool_over_time', 'make_classifier', 'TemporalCNN_GRU']
 
-# %% ../nbs/22_model.ipynb #11bc553c
+# %% ../nbs/22_model.ipynb #cfe3be4f
 import warnings
 
 import torch
@@ -15,14 +15,14 @@ from torch import nn
 from .attention import SpatialAttentionModule
 from .pyramid import BACKBONES, MultiScaleFeatureExtractor, SCALES
 
-# %% ../nbs/22_model.ipynb #aeb63622
+# %% ../nbs/22_model.ipynb #2147e8f7
 def pool_over_time(
     temporal: torch.Tensor,  # (B, T, D)
 ) -> torch.Tensor:  # (B, 2·D)
     "Mean and maximum over the time steps, side by side."
     return torch.cat([temporal.mean(1), temporal.amax(1)], 1)
 
-# %% ../nbs/22_model.ipynb #9259b339
+# %% ../nbs/22_model.ipynb #26ee8c88
 def make_classifier(
     in_features: int,      # of the clip's descriptor
     num_classes: int = 2,  # class 0 is real, class 1 is fake
@@ -32,7 +32,7 @@ def make_classifier(
     return nn.Sequential(nn.Linear(in_features, 512), nn.ReLU(), nn.Dropout(dropout),
                          nn.Linear(512, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, num_classes))
 
-# %% ../nbs/22_model.ipynb #b8b9b64c
+# %% ../nbs/22_model.ipynb #60f77cff
 class TemporalCNN_GRU(nn.Module):
     "Deepfake classifier of clips: EfficientNet, optional feature pyramid and attention, bidirectional GRU, MLP."
     def __init__(self,
@@ -59,35 +59,36 @@ class TemporalCNN_GRU(nn.Module):
         if freeze_backbone: self.freeze()
         self.to(memory_format=torch.channels_last)
 
-# %% ../nbs/22_model.ipynb #44d3873a
+# %% ../nbs/22_model.ipynb #da7a4e4b
 @patch
 def embed_frames(self: TemporalCNN_GRU,
     x: torch.Tensor,  # (B, T, 3, H, W), ImageNet-normalised
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # embeddings (B, T, feature_dim); attention (B, T, h, w), None without the module
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # embeddings (B, T, feature_dim); attention (B, T, h, w) and mask logits (B, T, H/8, W/8), None without the module
     "Embed every frame on its own."
-    features, attention = self.feature_extractor(x.flatten(0, 1).contiguous(memory_format=torch.channels_last)), None
-    if self.spatial_attention is not None:
-        features, attention = self.spatial_attention(features)
-        attention = attention[:, 0].unflatten(0, x.shape[:2])
-    return features.mean((2, 3)).unflatten(0, x.shape[:2]), attention
+    features, mask = self.feature_extractor(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+    features, attention = (features, None) if self.spatial_attention is None else self.spatial_attention(features)
+    per_clip = [None if m is None else m[:, 0].unflatten(0, x.shape[:2]) for m in (attention, mask)]
+    return features.mean((2, 3)).unflatten(0, x.shape[:2]), *per_clip
 
-# %% ../nbs/22_model.ipynb #7ac92b19
+# %% ../nbs/22_model.ipynb #960859e1
 @patch
 def forward(self: TemporalCNN_GRU,
     x: torch.Tensor,  # (B, T, 3, H, W), ImageNet-normalised
     return_temporal: bool = False,   # also the temporal features (B, T, 2·hidden_size)
     return_attention: bool = False,  # also the attention map (B, T, h, w) in [0, 1]
+    return_mask: bool = False,       # also the logits (B, T, H/8, W/8) of the manipulated region
 ):  # logits (B, num_classes), followed by what was asked for
-    "Classify clips. `ValueError` for input of another shape, or for attention that this model does not have."
+    "Classify clips. `ValueError` for input of another shape, or for a map that this model does not have."
     if x.ndim != 5 or x.shape[2] != 3: raise ValueError(f"a batch of clips is (B, T, 3, H, W), got {tuple(x.shape)}")
     if return_attention and self.spatial_attention is None: raise ValueError("this model was built with use_attention=False")
-    embedding, attention = self.embed_frames(x)
+    if return_mask and self.feature_extractor.pyramid is None: raise ValueError("this model was built with use_multiscale=False")
+    embedding, attention, mask = self.embed_frames(x)
     temporal, _ = self.temporal(embedding)
     logits = self.classifier(pool_over_time(temporal))
-    extra = [temporal] * return_temporal + [attention] * return_attention
+    extra = [temporal] * return_temporal + [attention] * return_attention + [mask] * return_mask
     return (logits, *extra) if extra else logits
 
-# %% ../nbs/22_model.ipynb #21f5db7e
+# %% ../nbs/22_model.ipynb #447d37d8
 @patch
 def get_multiscale_layers(self: TemporalCNN_GRU) -> dict[str, nn.Module]:  # "fine", "mid", "semantic" → module
     "The modules whose outputs are the maps at strides 8, 16 and 32."
@@ -95,7 +96,7 @@ def get_multiscale_layers(self: TemporalCNN_GRU) -> dict[str, nn.Module]:  # "fi
     if extractor.pyramid is not None: return dict(extractor.pyramid.output.items())
     return {name: extractor.net.get_submodule(stage["module"]) for name, stage in extractor.stages.items()}
 
-# %% ../nbs/22_model.ipynb #0646119d
+# %% ../nbs/22_model.ipynb #12498060
 @patch
 def freeze(self: TemporalCNN_GRU,
     trainable_blocks: int = 3,  # of the backbone's MBConv blocks, the last ones that go on training
@@ -114,7 +115,7 @@ def unfreeze(self: TemporalCNN_GRU):
     self._frozen = []
     self.train(self.training)
 
-# %% ../nbs/22_model.ipynb #1d2141b1
+# %% ../nbs/22_model.ipynb #18ae8cc2
 @patch
 def train(self: TemporalCNN_GRU, mode: bool = True) -> TemporalCNN_GRU:
     "As `nn.Module.train`, but frozen blocks stay in eval mode."

@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'SCALES', 'BackboneSpec', 'create_backbone', 'scale_stages', 'top_down', 'separable_conv',
            'FeaturePyramid', 'MultiScaleFeatureExtractor']
 
-# %% ../nbs/20_pyramid.ipynb #94116fc1
+# %% ../nbs/20_pyramid.ipynb #7151c61c
 from typing import NamedTuple
 
 import timm
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/20_pyramid.ipynb #cf190e17
+# %% ../nbs/20_pyramid.ipynb #832f0eef
 class BackboneSpec(NamedTuple):
     "What a backbone is called, what it takes and what it gives."
     timm_name: str    # architecture in timm
@@ -26,7 +26,7 @@ BACKBONES = {"efficientnet-b0": BackboneSpec("tf_efficientnet_b0", 224, 1280),
 
 SCALES = {"fine": 8, "mid": 16, "semantic": 32}  # name -> stride in pixels
 
-# %% ../nbs/20_pyramid.ipynb #fb6af4d6
+# %% ../nbs/20_pyramid.ipynb #ca5975c1
 def create_backbone(
     backbone: str = "efficientnet-b0",  # a key of `BACKBONES`
     pretrained: bool = False,           # ImageNet weights, downloaded by timm
@@ -40,13 +40,13 @@ def create_backbone(
         raise ConnectionError(f"no ImageNet weights for {name}: {e}\nEither train from scratch (train.pretrained: false), or run once "
                               f"where the hub can be reached, so that its cache holds the weights.") from e
 
-# %% ../nbs/20_pyramid.ipynb #94ac022f
+# %% ../nbs/20_pyramid.ipynb #a8e3cc3e
 def scale_stages(net: nn.Module) -> dict[str, dict]:
     "For each scale of `SCALES`, timm's description of the last stage at its stride: `num_chs`, `reduction`, `module`, and `index`."
     found = {info["reduction"]: dict(info, index=i) for i, info in enumerate(net.feature_info)}
     return {name: found[stride] for name, stride in SCALES.items()}
 
-# %% ../nbs/20_pyramid.ipynb #4cc6a3fc
+# %% ../nbs/20_pyramid.ipynb #80cc4c2d
 def top_down(
     laterals: list[torch.Tensor],  # maps (N, C, h, w) of equal width, fine to coarse
 ) -> list[torch.Tensor]:  # maps of the same shapes, each with the coarser ones added
@@ -56,7 +56,7 @@ def top_down(
         merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
     return merged
 
-# %% ../nbs/20_pyramid.ipynb #d821f036
+# %% ../nbs/20_pyramid.ipynb #3839bde6
 def separable_conv(channels: int) -> nn.Sequential:
     "3×3 depthwise and 1×1 pointwise convolution with batch-norm and SiLU; (N, C, h, w) keeps its shape."
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
@@ -72,18 +72,20 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.lateral = nn.ModuleDict({name: nn.Conv2d(c, width, 1) for name, c in channels.items()})
         self.output = nn.ModuleDict({name: separable_conv(width) for name in channels})
-        self.project = nn.Sequential(nn.Conv2d(width*len(channels), out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.mask = nn.Conv2d(width, 1, 1)
+        self.project = nn.Sequential(nn.Conv2d(width*len(channels) + 1, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self,
         maps: dict[str, torch.Tensor],  # scale -> map (N, C, h, w)
-    ) -> torch.Tensor:  # (N, out_channels, h, w) at the coarsest scale
-        "Top-down, smooth, pool to the coarsest grid, join, project."
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # merged map (N, out_channels, h, w) at the coarsest scale, mask logits (N, 1, H, W) at the finest
+        "Top-down, smooth, predict the mask, pool to the coarsest grid, join, project."
         laterals = top_down([self.lateral[name](maps[name]) for name in self.lateral])
         levels = [self.output[name](x) for name, x in zip(self.output, laterals)]
-        grid = levels[-1].shape[-2:]
-        return self.project(torch.cat([F.adaptive_avg_pool2d(x, grid) for x in levels], 1))
+        mask, grid = self.mask(levels[0]), levels[-1].shape[-2:]
+        pooled = [F.adaptive_avg_pool2d(x, grid) for x in levels] + [F.adaptive_max_pool2d(mask.sigmoid(), grid)]
+        return self.project(torch.cat(pooled, 1)), mask
 
-# %% ../nbs/20_pyramid.ipynb #27ba2269
+# %% ../nbs/20_pyramid.ipynb #27b3df19
 class MultiScaleFeatureExtractor(nn.Module):
     "EfficientNet features of single frames, merged over three scales when `use_multiscale`."
     def __init__(self,
@@ -103,8 +105,9 @@ class MultiScaleFeatureExtractor(nn.Module):
         last, maps = self.net.forward_intermediates(x, indices=[stage["index"] for stage in self.stages.values()])
         return last, dict(zip(self.stages, maps))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "Frames (N, 3, H, W) → features (N, feature_dim, H/32, W/32), rounded up."
-        if self.pyramid is None: return self.net.forward_features(x)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        "Frames (N, 3, H, W) → features (N, feature_dim, H/32, W/32), rounded up; mask logits (N, 1, H/8, W/8), None without a pyramid."
+        if self.pyramid is None: return self.net.forward_features(x), None
         last, maps = self.scales(x)
-        return last + self.pyramid(maps)
+        merged, mask = self.pyramid(maps)
+        return last + merged, mask

@@ -7,7 +7,7 @@ __all__ = ['REGIONS', 'Surface', 'vertex_normals', 'region_weights', 'to_linear'
            'texture_points', 'prepare_actor', 'clip_surface', 'assemble', 'Stage', 'sample_stage', 'render_colour',
            'render_regions', 'denoise', 'render_frame', 'background', 'Camera', 'sample_camera', 'develop']
 
-# %% ../nbs/10_scenes.ipynb #1952e25b
+# %% ../nbs/10_scenes.ipynb #8f3a5249
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ import numpy as np
 from .heads import BELOW, Head, Template, generator, hair_amount, paint_eye, paint_skin, smoothstep, space_noise, surface_points
 from .motion import Motion, eyeballs, pose_vertices
 
-# %% ../nbs/10_scenes.ipynb #ce7a0d12
+# %% ../nbs/10_scenes.ipynb #e68c5e23
 @dataclass(frozen=True)
 class Surface:
     "A part of the scene as the renderer takes it."
@@ -40,7 +40,7 @@ def vertex_normals(
     total = np.stack([np.bincount(faces.ravel(), np.repeat(area[:, i], 3), len(vertices)) for i in range(3)], 1)
     return total/np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
 
-# %% ../nbs/10_scenes.ipynb #ca64bb0f
+# %% ../nbs/10_scenes.ipynb #30a94f81
 def _ellipse(x, z, centre, size, soft=.12):
     "1 inside an ellipse of the frontal plane, 0 outside, soft edge."
     return 1-smoothstep(np.hypot((x-centre[0])/size[0], (z-centre[1])/size[1]), 1-soft, 1+soft)
@@ -65,7 +65,7 @@ def region_weights(
     front[~outside] = 1                                  # the inside of the mouth lies deep, but is seen through the face
     return np.stack([REGIONS[n](x, z)*front for n in names], 1).astype(np.float32)
 
-# %% ../nbs/10_scenes.ipynb #407b0f81
+# %% ../nbs/10_scenes.ipynb #f38a53cc
 def to_linear(srgb):
     "Linear light of sRGB values, both 0…1."
     srgb = np.asarray(srgb, np.float32)
@@ -82,7 +82,7 @@ def _principled(colour, roughness, specular=.35):
     texture = {"type": "rgb", "value": [float(v) for v in linear]} if linear.ndim == 1 else {"type": "bitmap", "bitmap": mi.Bitmap(linear), "raw": True}
     return {"type": "twosided", "bsdf": {"type": "principled", "base_color": texture, "roughness": float(roughness), "specular": float(specular)}}
 
-# %% ../nbs/10_scenes.ipynb #fed0991d
+# %% ../nbs/10_scenes.ipynb #eba6fa56
 def use_renderer():
     "Mitsuba's variant that runs everywhere, on one thread: the work is spread over processes."
     mi.set_variant("scalar_rgb")
@@ -129,7 +129,7 @@ def prepare_actor(
                  "hair": _principled(_hair(points[..., :3], look, rng), .8, .1), "cap": _principled(look["cap"], .95, .05)}
     return Actor(template, head, materials)
 
-# %% ../nbs/10_scenes.ipynb #b70d73c9
+# %% ../nbs/10_scenes.ipynb #3058c423
 def _take(template, vertices, faces, material, regions, corners=None, normals=None) -> Surface:
     "A part with its own vertices; texture seams split a vertex in two."
     if corners is None: corners = np.zeros_like(faces)
@@ -155,7 +155,7 @@ def clip_surface(
     rows = np.concatenate([rows, *new])
     return Surface(rows[:, :3], np.concatenate(faces), rows[:, 3:6], rows[:, 6:8], rows[:, 8:], surface.material)
 
-# %% ../nbs/10_scenes.ipynb #6bf67bbd
+# %% ../nbs/10_scenes.ipynb #799c8c38
 def _shell(actor: Actor, vertices, normals, regions) -> Surface:
     "Hair or a cap: the scalp pushed outwards, cut along the hairline."
     t, look = actor.template, actor.head.identity.look
@@ -212,7 +212,7 @@ def assemble(
     parts.append(Surface(ball, faces, eye_normals, uv, centre, m["eye"]))
     return parts + _wardrobe(actor, v, normals, regions, dressed)
 
-# %% ../nbs/10_scenes.ipynb #01adb6e1
+# %% ../nbs/10_scenes.ipynb #60dc2e31
 @dataclass(frozen=True)
 class Stage:
     "Camera and light of a clip."
@@ -234,7 +234,7 @@ def sample_stage(name: str, seed: int = 0) -> Stage:
         lights.append((np.array([np.sin(a)*np.cos(e), -np.cos(a)*np.cos(e), np.sin(e)])*1.3 + [0, 0, .1], rng.uniform(.2, .5), 9*power*warm()))
     return Stage({"origin": origin, "target": target, "fov": float(np.degrees(2*np.arctan(view/2/distance)))}, lights, rng.uniform(.25, .7)*warm())
 
-# %% ../nbs/10_scenes.ipynb #dffc87d0
+# %% ../nbs/10_scenes.ipynb #0dd2ba1b
 def _mesh(surface: Surface, emits: bool):
     "A Mitsuba mesh that reflects light, or shines in the colours of its regions."
     props = mi.Properties()
@@ -259,7 +259,7 @@ def _sensor(stage: Stage, size: int, samples: int, seed: int, crop) -> dict:
     return {"type": "perspective", "fov": stage.camera["fov"], "to_world": look, "film": film,
             "sampler": {"type": "multijitter", "sample_count": samples, "seed": seed}}
 
-# %% ../nbs/10_scenes.ipynb #ba28625e
+# %% ../nbs/10_scenes.ipynb #3da129d1
 def render_colour(
     surfaces: list[Surface],
     stage: Stage,
@@ -283,7 +283,7 @@ def render_regions(surfaces, stage, size, samples=4, crop=None) -> np.ndarray:
     scene |= {f"part{i}": _mesh(s, True) for i, s in enumerate(surfaces)}
     return np.array(mi.render(mi.load_dict(scene, parallel=False), seed=0))[..., :3]
 
-# %% ../nbs/10_scenes.ipynb #1a38e5b7
+# %% ../nbs/10_scenes.ipynb #dae8d538
 def denoise(colour: np.ndarray) -> np.ndarray:
     "A small bilateral filter on perceptual values: takes the grain of few samples, keeps edges."
     rgb, alpha = np.cbrt(np.maximum(colour[..., :3], 0)), colour[..., 3:]
@@ -304,7 +304,7 @@ def render_frame(
     regions[y:y+h, x:x+w] = render_regions(surfaces, stage, size, crop=crop)
     return colour, regions
 
-# %% ../nbs/10_scenes.ipynb #213f0a7d
+# %% ../nbs/10_scenes.ipynb #b7d828ed
 def background(
     name: str,     # of the clip
     size: int,     # side in pixels
@@ -324,7 +324,7 @@ def background(
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(2.5, 7))
     return to_linear(np.clip(cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC), .01, 1))
 
-# %% ../nbs/10_scenes.ipynb #23532ebf
+# %% ../nbs/10_scenes.ipynb #6c78206d
 @dataclass(frozen=True)
 class Camera:
     "What turns linear light into the pixels of a clip."
