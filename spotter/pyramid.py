@@ -6,7 +6,7 @@
 __all__ = ['BACKBONES', 'SCALES', 'BackboneSpec', 'create_backbone', 'scale_stages', 'top_down', 'separable_conv',
            'FeaturePyramid', 'MultiScaleFeatureExtractor']
 
-# %% ../nbs/20_pyramid.ipynb #7151c61c
+# %% ../nbs/20_pyramid.ipynb #29477ebc
 from typing import NamedTuple
 
 import timm
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/20_pyramid.ipynb #832f0eef
+# %% ../nbs/20_pyramid.ipynb #f6493252
 class BackboneSpec(NamedTuple):
     "What a backbone is called, what it takes and what it gives."
     timm_name: str    # architecture in timm
@@ -26,7 +26,7 @@ BACKBONES = {"efficientnet-b0": BackboneSpec("tf_efficientnet_b0", 224, 1280),
 
 SCALES = {"fine": 8, "mid": 16, "semantic": 32}  # name -> stride in pixels
 
-# %% ../nbs/20_pyramid.ipynb #ca5975c1
+# %% ../nbs/20_pyramid.ipynb #da0f65c6
 def create_backbone(
     backbone: str = "efficientnet-b0",  # a key of `BACKBONES`
     pretrained: bool = False,           # ImageNet weights, downloaded by timm
@@ -40,13 +40,13 @@ def create_backbone(
         raise ConnectionError(f"no ImageNet weights for {name}: {e}\nEither train from scratch (train.pretrained: false), or run once "
                               f"where the hub can be reached, so that its cache holds the weights.") from e
 
-# %% ../nbs/20_pyramid.ipynb #a8e3cc3e
+# %% ../nbs/20_pyramid.ipynb #724502eb
 def scale_stages(net: nn.Module) -> dict[str, dict]:
     "For each scale of `SCALES`, timm's description of the last stage at its stride: `num_chs`, `reduction`, `module`, and `index`."
     found = {info["reduction"]: dict(info, index=i) for i, info in enumerate(net.feature_info)}
     return {name: found[stride] for name, stride in SCALES.items()}
 
-# %% ../nbs/20_pyramid.ipynb #80cc4c2d
+# %% ../nbs/20_pyramid.ipynb #d0267946
 def top_down(
     laterals: list[torch.Tensor],  # maps (N, C, h, w) of equal width, fine to coarse
 ) -> list[torch.Tensor]:  # maps of the same shapes, each with the coarser ones added
@@ -56,7 +56,7 @@ def top_down(
         merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
     return merged
 
-# %% ../nbs/20_pyramid.ipynb #3839bde6
+# %% ../nbs/20_pyramid.ipynb #fac01b0d
 def separable_conv(channels: int) -> nn.Sequential:
     "3×3 depthwise and 1×1 pointwise convolution with batch-norm and SiLU; (N, C, h, w) keeps its shape."
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
@@ -85,7 +85,7 @@ class FeaturePyramid(nn.Module):
         pooled = [F.adaptive_avg_pool2d(x, grid) for x in levels] + [F.adaptive_max_pool2d(mask.sigmoid(), grid)]
         return self.project(torch.cat(pooled, 1)), mask
 
-# %% ../nbs/20_pyramid.ipynb #27b3df19
+# %% ../nbs/20_pyramid.ipynb #1d2df274
 class MultiScaleFeatureExtractor(nn.Module):
     "EfficientNet features of single frames, merged over three scales when `use_multiscale`."
     def __init__(self,

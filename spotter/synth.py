@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'Settings', 'make_settings', 'plan_splits', 'plan_fakes', '
            'align_to', 'Take', 'Shoot', 'set_up', 'film', 'film_swap', 'film_reenactment', 'make_clips',
            'develop_clips', 'write_video', 'run_job', 'open_jobs', 'synthesise']
 
-# %% ../nbs/11_synth.ipynb #6abd04e7
+# %% ../nbs/11_synth.ipynb #c96e30e0
 import json, multiprocessing, os, shutil, tempfile, threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from .manipulations import GRADES, METHODS, SWAPS, Recipe, draw_recipe, falsify,
 from .motion import Motion, sample_motion
 from .scenes import Actor, Camera, Stage, assemble, background, develop, prepare_actor, region_weights, render_frame, sample_camera, sample_stage
 
-# %% ../nbs/11_synth.ipynb #f549b3d7
+# %% ../nbs/11_synth.ipynb #92e20bf0
 @dataclass(frozen=True)
 class Settings:
     "Everything that decides what is in the files."
@@ -51,7 +51,7 @@ def make_settings(pairs, frames, fps, size, samples, grades, seed) -> Settings:
     if not grades or set(grades) - set(GRADES): raise ValueError(f"grades {list(grades)}: choose from {', '.join(GRADES)}")
     return Settings(tuple(int(p) for p in pairs), int(frames), int(fps), int(size), int(samples), tuple(grades), int(seed))
 
-# %% ../nbs/11_synth.ipynb #7ab512b1
+# %% ../nbs/11_synth.ipynb #78e0216a
 SPLITS = ("train", "val", "test")
 
 def plan_splits(settings: Settings) -> dict:  # split -> [["000", "001"], …]
@@ -59,7 +59,7 @@ def plan_splits(settings: Settings) -> dict:  # split -> [["000", "001"], …]
     numbers = iter(range(2*sum(settings.pairs)))
     return {s: [[f"{next(numbers):03d}", f"{next(numbers):03d}"] for _ in range(n)] for s, n in zip(SPLITS, settings.pairs)}
 
-# %% ../nbs/11_synth.ipynb #826f6371
+# %% ../nbs/11_synth.ipynb #bc568f28
 def plan_fakes(settings: Settings) -> list[tuple[str, str, Recipe]]:  # target, source, recipe
     "The fakes of the set: every pair gets each method once."
     directions, fakes = list(combinations(METHODS, 2)), []
@@ -81,7 +81,7 @@ def clip_path(
     if method == "youtube": return f"original_sequences/youtube/c23/videos/{name}.mp4"
     return f"manipulated_sequences/{method}/{'masks' if mask else 'c23'}/videos/{name}.mp4"
 
-# %% ../nbs/11_synth.ipynb #9bd3f139
+# %% ../nbs/11_synth.ipynb #d480cca5
 def plan_manifest(settings: Settings) -> pd.DataFrame:
     "One row per clip: method, name, split, strength (empty for originals) and how it was made."
     split_of = {n: s for s, pairs in plan_splits(settings).items() for pair in pairs for n in pair}
@@ -91,7 +91,7 @@ def plan_manifest(settings: Settings) -> pd.DataFrame:
     table = pd.DataFrame(rows).astype({"bottleneck": "Int64"})
     return table.sort_values(["method", "name"], key=lambda c: c.replace("youtube", " ")).reset_index(drop=True)
 
-# %% ../nbs/11_synth.ipynb #60ec9e0c
+# %% ../nbs/11_synth.ipynb #89f1b41d
 @dataclass(frozen=True)
 class Job:
     "All clips of one target."
@@ -114,7 +114,7 @@ def job_files(target: str, source: str, recipes) -> list[str]:
     "The original, then each fake and its mask."
     return [clip_path("youtube", target)] + [clip_path(r.method, f"{target}_{source}", m) for r in recipes for m in (False, True)]
 
-# %% ../nbs/11_synth.ipynb #28e05f1e
+# %% ../nbs/11_synth.ipynb #7e24bcb6
 def align_to(
     template: Template,
     source: np.ndarray,   # (V, 3) at rest
@@ -127,7 +127,7 @@ def align_to(
     scale = float(((a-ca)*(b-cb)).sum()/((a-ca)**2).sum())
     return (source-ca)*scale + cb, scale
 
-# %% ../nbs/11_synth.ipynb #51acb707
+# %% ../nbs/11_synth.ipynb #4c941bd8
 @dataclass(frozen=True)
 class Take:
     "The rendered frames of a clip: T frames."
@@ -148,7 +148,7 @@ class Shoot:
     stage: Stage
     regions: tuple[str, str, str]  # names of the three regions that are filmed
 
-# %% ../nbs/11_synth.ipynb #083e04a1
+# %% ../nbs/11_synth.ipynb #6c1bfb11
 def set_up(template: Template, job: Job) -> Shoot:
     "Paint the target, draw its motion and its stage."
     s, name = job.settings, job.target.identity.name
@@ -175,7 +175,7 @@ def film(
         shots.append(render_frame(surfaces, shoot.stage, s.size, s.samples, seed, crop))
     return Take(*(np.stack(x) for x in zip(*shots)))
 
-# %% ../nbs/11_synth.ipynb #54a121ca
+# %% ../nbs/11_synth.ipynb #16824004
 def film_swap(shoot: Shoot, within: np.ndarray) -> Take:
     "The source's face with the target's pose, expression and light."
     job, s = shoot.job, shoot.job.settings
@@ -188,7 +188,7 @@ def film_reenactment(shoot: Shoot, within: np.ndarray) -> Take:
     theirs = sample_motion(shoot.template, job.source.identity.name, s.frames, s.fps, s.seed)
     return film(shoot, f"{job.fake}/reenact", motion=Motion(theirs.actions, shoot.motion.turn, shoot.motion.gaze), within=within)
 
-# %% ../nbs/11_synth.ipynb #63eb87af
+# %% ../nbs/11_synth.ipynb #5747f16f
 def _original(shoot: Shoot, take: Take) -> tuple[Camera, np.ndarray]:
     "The camera, exposed for the first frame, and the target's frames (T, H, W, 3) before their background."
     s, name, first = shoot.job.settings, shoot.job.target.identity.name, take.colour[0]
@@ -209,7 +209,7 @@ def _fakes(shoot: Shoot, take: Take, original: np.ndarray, swap: bool) -> dict:
         clips |= {clip_path(r.method, job.fake): frames, clip_path(r.method, job.fake, True): masks}
     return clips
 
-# %% ../nbs/11_synth.ipynb #583f3b86
+# %% ../nbs/11_synth.ipynb #cd482b0f
 def make_clips(
     template: Template,
     job: Job,
@@ -225,7 +225,7 @@ def develop_clips(job: Job, camera: Camera, clips: dict) -> dict:  # path -> (T,
     noise = lambda t: generator(job.settings.seed, "noise", job.target.identity.name, t)
     return {k: v if v.dtype == bool else np.stack([develop(f, camera, noise(t)) for t, f in enumerate(v)]) for k, v in clips.items()}
 
-# %% ../nbs/11_synth.ipynb #4c80d0a6
+# %% ../nbs/11_synth.ipynb #017dd1cd
 def write_video(
     path,
     frames: np.ndarray,      # (T, H, W, 3) uint8 RGB, or (T, H, W) bool for a mask
@@ -244,7 +244,7 @@ def write_video(
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
-# %% ../nbs/11_synth.ipynb #64264a33
+# %% ../nbs/11_synth.ipynb #a8a85097
 def run_job(
     template: Template,
     job: Job,
@@ -267,7 +267,7 @@ def _write_text(path: Path, text: str):
     part.write_text(text)
     os.replace(part, path)
 
-# %% ../nbs/11_synth.ipynb #223f9107
+# %% ../nbs/11_synth.ipynb #7b57924d
 def _claim(root: Path, settings: Settings):
     "Record the settings in a new folder; refuse one that was made with others."
     path, now = root/"synth.json", json.loads(json.dumps(asdict(settings)))
@@ -292,7 +292,7 @@ def open_jobs(
             if not all((root/f).exists() for f in job_files(target, source, recipes)): jobs.append(Job(settings, head(target), head(source), recipes))
     return jobs
 
-# %% ../nbs/11_synth.ipynb #89265d44
+# %% ../nbs/11_synth.ipynb #9f4b0027
 _WORKER = {}   # what a worker process keeps: the template
 
 def _start_worker(template: Template):
@@ -319,7 +319,7 @@ def _run_all(jobs: list[Job], root: Path, workers: int):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-# %% ../nbs/11_synth.ipynb #f34b5c4d
+# %% ../nbs/11_synth.ipynb #3633fc0e
 def synthesise(
     root="data",                     # folder of the data set; made if missing, continued if it has the same settings
     pairs=32,                        # identity pairs in all, or (train, val, test)

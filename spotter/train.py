@@ -8,7 +8,7 @@ __all__ = ['FocalLoss', 'mask_loss', 'lr_factor', 'make_optimizer', 'predict', '
            'make_loader', 'Session', 'set_up', 'default_device', 'validate', 'run_epoch', 'calibrate', 'finish',
            'log_epoch', 'check_splits', 'train']
 
-# %% ../nbs/30_train.ipynb #617c7380
+# %% ../nbs/30_train.ipynb #fe785292
 import hashlib, json, math, shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from .core import Params, TrainParams, autocast, progress, resolve_precision, se
 from .metrics import choose_threshold, fit_temperature, mean_f1
 from .model import TemporalCNN_GRU
 
-# %% ../nbs/30_train.ipynb #a14efa27
+# %% ../nbs/30_train.ipynb #8d8bb345
 class FocalLoss(nn.Module):
     "Focal loss of logits (N, C) against labels (N,), averaged with the classes' weights. Lin et al. 2017."
     def __init__(self,
@@ -48,7 +48,7 @@ class FocalLoss(nn.Module):
         w = torch.ones_like(log_p) if self.weight is None else self.weight[target]
         return -(w * (1 - log_p.exp())**self.gamma * log_p).sum() / w.sum()
 
-# %% ../nbs/30_train.ipynb #295a4925
+# %% ../nbs/30_train.ipynb #91911943
 def mask_loss(
     logits: torch.Tensor,  # (B, T, h, w) of the manipulated region
     masks: torch.Tensor,   # (B, T, H, W) 0/1, H and W larger than h and w
@@ -59,7 +59,7 @@ def mask_loss(
     loss = F.binary_cross_entropy_with_logits(logits.float(), share, reduction="none").mean((1, 2, 3))
     return (loss * known).sum() / known.sum().clamp(min=1)
 
-# %% ../nbs/30_train.ipynb #64e6af8a
+# %% ../nbs/30_train.ipynb #30f1e2ec
 def lr_factor(
     step: int,           # optimiser steps so far
     first_cycle: int,    # length of the first cycle in steps
@@ -71,7 +71,7 @@ def lr_factor(
     while step >= start + length: start, length = start + length, length * cycle_factor
     return min(1., (step + 1) / (warmup + 1)) * (1 + math.cos(math.pi * (step - start) / length)) / 2
 
-# %% ../nbs/30_train.ipynb #918d406c
+# %% ../nbs/30_train.ipynb #590021eb
 def make_optimizer(
     model: TemporalCNN_GRU,
     recipe: TrainParams,
@@ -86,7 +86,7 @@ def make_optimizer(
     def backbone(step): return head(step) * (recipe.backbone_rate if step >= recipe.unfreeze_epoch*epoch_steps else 1.)
     return optimizer, LambdaLR(optimizer, [head, backbone])
 
-# %% ../nbs/30_train.ipynb #e10b62a4
+# %% ../nbs/30_train.ipynb #9c2b197d
 @torch.no_grad()
 def predict(
     model: TemporalCNN_GRU,  # is put into eval mode
@@ -106,7 +106,7 @@ def predict(
         logits = [model(batch["clip"].to(device)).float().cpu() for batch in progress(loader, desc="predict", leave=False)]
     return torch.cat(logits).numpy()
 
-# %% ../nbs/30_train.ipynb #bfb2cbb9
+# %% ../nbs/30_train.ipynb #05b3e723
 def batch_loss(
     model: nn.Module,
     batch: dict,            # of `ClipDataset`
@@ -118,7 +118,7 @@ def batch_loss(
     logits, mask = model(batch["clip"], return_mask=True)
     return loss_fn(logits, batch["label"]) + mask_weight * mask_loss(mask, batch["mask"], batch["mask_known"])
 
-# %% ../nbs/30_train.ipynb #6917c6d6
+# %% ../nbs/30_train.ipynb #2ada8059
 def train_epoch(
     accelerator: Accelerator,
     model: nn.Module, loader: DataLoader, loss_fn: nn.Module,
@@ -138,7 +138,7 @@ def train_epoch(
         losses.append(loss.detach())
     return torch.stack(losses).mean().item()
 
-# %% ../nbs/30_train.ipynb #0506dd28
+# %% ../nbs/30_train.ipynb #48947fd7
 def validation_figures(
     logits: np.ndarray,  # (N, 2)
     labels: np.ndarray,  # (N,), 1 = fake
@@ -150,7 +150,7 @@ def validation_figures(
     f1 = mean_f1(labels, p_fake >= choose_threshold(labels, p_fake))
     return dict(val_loss=loss, val_mean_f1=f1, val_auc=float(roc_auc_score(labels, p_fake)))
 
-# %% ../nbs/30_train.ipynb #9adedf2b
+# %% ../nbs/30_train.ipynb #d015337c
 def fingerprint(params: Params, arm: str, store: ClipStore) -> str:
     "Hash of all that decides the course of a training: settings, table of clips, source code."
     settings = {k: v.model_dump() for k, v in dict(clips=params.clips, train=params.train, arm=params.arms[arm]).items()}
@@ -168,7 +168,7 @@ class Progress:
     waited: int = 0                                    # epochs since `reference` was set
     state: str = ""                                    # folder of the newest state
 
-# %% ../nbs/30_train.ipynb #5422a99f
+# %% ../nbs/30_train.ipynb #66839f6a
 def save_progress(folder: Path, now: Progress, accelerator: Accelerator):
     "Write the state after an epoch, point to it, then drop the one before."
     old, now.state = now.state, f"epoch_{len(now.history):03}"
@@ -187,7 +187,7 @@ def load_progress(folder: Path, wanted: str, accelerator: Accelerator) -> Progre
     shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
     return Progress(wanted)
 
-# %% ../nbs/30_train.ipynb #3f4ff830
+# %% ../nbs/30_train.ipynb #649a1c28
 def note_epoch(now: Progress, row: dict, min_improvement: float) -> bool:  # whether these weights are the best so far
     "Add an epoch's figures to the history, and update best and patience."
     now.history.append(row)
@@ -198,7 +198,7 @@ def note_epoch(now: Progress, row: dict, min_improvement: float) -> bool:  # whe
     else: now.waited += 1
     return better
 
-# %% ../nbs/30_train.ipynb #abafbc18
+# %% ../nbs/30_train.ipynb #adbc36c7
 def depthwise_in_fp32(model: nn.Module):
     "Let the depthwise convolutions of `model` run in fp32 under CPU autocast while gradients are recorded. Weights and state stay as they are."
     def wrap(forward):
@@ -210,7 +210,7 @@ def depthwise_in_fp32(model: nn.Module):
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels > 1: conv.forward = wrap(conv.forward)
 
-# %% ../nbs/30_train.ipynb #643a9c50
+# %% ../nbs/30_train.ipynb #ca61627a
 def make_model(params: Params, arm: str) -> TemporalCNN_GRU:
     "The network of an arm, with its input size, frozen as the recipe says."
     recipe, spec = params.train, params.arms[arm]
@@ -229,7 +229,7 @@ def make_loader(params: Params, arm: str, store: ClipStore) -> DataLoader:
     return DataLoader(data, spec.batch_size, sampler=sampler, num_workers=params.train.workers, drop_last=True,
                       persistent_workers=params.train.workers > 0)
 
-# %% ../nbs/30_train.ipynb #4e59e37e
+# %% ../nbs/30_train.ipynb #2c45b438
 @dataclass
 class Session:
     "All that an epoch works on."
@@ -260,7 +260,7 @@ def default_device() -> str:
     "Where accelerate puts a network."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/30_train.ipynb #2017b103
+# %% ../nbs/30_train.ipynb #e3281a27
 def validate(session: Session) -> tuple[np.ndarray, np.ndarray]:  # logits (N, 2), labels (N,)
     "Logits and labels of the validation clips."
     clips = session.store.clips.query("split == 'val'")
@@ -277,7 +277,7 @@ def run_epoch(session: Session, epoch: int) -> dict[str, float]:  # a row of the
                        recipe.clip_norm, mask_weight, f"{session.arm}, epoch {epoch + 1}")
     return dict(epoch=epoch, train_loss=loss, **validation_figures(*validate(session), session.loss_fn), learning_rate=rate)
 
-# %% ../nbs/30_train.ipynb #a956dfa6
+# %% ../nbs/30_train.ipynb #3d866f6c
 def calibrate(model: TemporalCNN_GRU, logits: np.ndarray, labels: np.ndarray):
     "Set the model's temperature and threshold from validation logits (N, 2)."
     model.temperature = fit_temperature(logits, labels)
@@ -292,7 +292,7 @@ def finish(session: Session, best: Path, out: Path, now: Progress):
     calibrate(session.bare, *validate(session))
     save_model(session.bare, out/"best.safetensors", epoch=now.best_epoch, **notes)
 
-# %% ../nbs/30_train.ipynb #eb5b2474
+# %% ../nbs/30_train.ipynb #79331e24
 def log_epoch(log: Live, row: dict):
     "One step of DVCLive."
     for name, value in row.items():
@@ -305,7 +305,7 @@ def check_splits(clips: pd.DataFrame):
         labels = set(clips.query("split == @split").label)
         if labels != {0, 1}: raise ValueError(f"the {split} split has clips of the classes {sorted(labels)}: real (0) and fake (1) are needed; see metrics/excluded.csv")
 
-# %% ../nbs/30_train.ipynb #106d1458
+# %% ../nbs/30_train.ipynb #8466546b
 def train(
     params: Params,
     arm: str,                        # a key of `params.arms`
