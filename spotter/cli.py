@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['app', 'main', 'synth', 'tidy_report']
 
-# %% ../nbs/50_cli.ipynb #f5b7f446
+# %% ../nbs/50_cli.ipynb #526f6cbe
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/50_cli.ipynb #3595d836
+# %% ../nbs/50_cli.ipynb #d9dfc7bb
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()   # with a callback every command is a subcommand, even while there is only one
 def main():
     "Detect manipulated faces in video, with heatmaps at three scales."
 
-# %% ../nbs/50_cli.ipynb #853c4a78
+# %% ../nbs/50_cli.ipynb #9d5be2fd
 @app.command()
 def synth(
     root: Annotated[Path, typer.Argument(help="Folder of the data set; made if missing, continued if it has the same settings.")] = Path("data"),
@@ -40,7 +40,7 @@ def synth(
     counts = manifest.groupby("method").size()
     typer.echo(f"{root}: {counts['youtube']} originals, {len(manifest)-counts['youtube']} fakes, listed in {root/'manifest.csv'}")
 
-# %% ../nbs/50_cli.ipynb #b251aade
+# %% ../nbs/50_cli.ipynb #e5d4f521
 @app.command()
 def tidy_report(report: Annotated[Path, typer.Argument(help="Executed notebook, rewritten in place.", exists=True, dir_okay=False)]):
     "Drop from an executed notebook what differs between two equal runs."

@@ -7,7 +7,7 @@ __all__ = ['find_root', 'Section', 'DataParams', 'FaceParams', 'ClipParams', 'Au
            'EvaluateParams', 'Params', 'load_params', 'apply_overlay', 'seed_everything', 'has_bf16',
            'resolve_precision', 'autocast', 'progress']
 
-# %% ../nbs/00_core.ipynb #ef277673
+# %% ../nbs/00_core.ipynb #b352a191
 import os, random
 from contextlib import nullcontext
 from functools import lru_cache
@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_core.ipynb #70c7ce96
+# %% ../nbs/00_core.ipynb #3040a5e2
 def find_root(
     start: str | Path | None = None,  # folder to start from; the working directory by default
 ) -> Path:  # the nearest folder at or above `start` that holds `params.yaml`
@@ -32,7 +32,7 @@ def find_root(
         if (folder/"params.yaml").is_file(): return folder
     raise FileNotFoundError(f"no params.yaml in {start} or above it: run this inside a Spotter checkout")
 
-# %% ../nbs/00_core.ipynb #e84002da
+# %% ../nbs/00_core.ipynb #b8ed998d
 class Section(BaseModel):
     "A section of `params.yaml`: no unknown keys, no silent conversion, no later change."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -52,7 +52,7 @@ class FaceParams(Section):
     size: int = Field(ge=32)                       # side of a stored crop in pixels
     frames: int = Field(ge=1)                      # stored frames of a clip, evenly spaced over it
 
-# %% ../nbs/00_core.ipynb #6b7ad486
+# %% ../nbs/00_core.ipynb #0020db34
 class ClipParams(Section):
     "What the network sees of a clip, in training and in testing alike."
     frames: int = Field(ge=1)                      # frames T of a clip, evenly spaced
@@ -66,7 +66,7 @@ class AugmentParams(Section):
     blur: float = Field(ge=0, le=1)                # chance of a Gaussian blur
     jpeg: float = Field(ge=0, le=1)                # chance of a JPEG pass at quality 50 to 95
 
-# %% ../nbs/00_core.ipynb #fb3c5d78
+# %% ../nbs/00_core.ipynb #d887bb98
 class TrainParams(Section):
     "The training recipe that all arms share."
     precision: Literal["auto", "fp32", "bf16"]     # auto: bf16 autocast where the processor has it
@@ -86,7 +86,7 @@ class TrainParams(Section):
     workers: int = Field(ge=0)                     # processes that load clips
     augment: AugmentParams
 
-# %% ../nbs/00_core.ipynb #9b1a2cf0
+# %% ../nbs/00_core.ipynb #c28133b4
 class ArmParams(Section):
     "What makes an arm of the comparison."
     backbone: Literal["efficientnet-b0", "efficientnet-b3"]
@@ -114,7 +114,7 @@ class Params(Section):
     arms: dict[str, ArmParams]
     evaluate: EvaluateParams
 
-# %% ../nbs/00_core.ipynb #36dc82d9
+# %% ../nbs/00_core.ipynb #e8804cd4
 def load_params(
     path: str | Path | None = None,  # by default the project's `params.yaml`
 ) -> Params:  # checked and immutable
@@ -132,7 +132,7 @@ def _explain(problem: dict) -> str:
     hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(problem["input"], str) and "number" in problem["msg"] else ""
     return f"{problem['msg']}, got {problem['input']!r}{hint}"
 
-# %% ../nbs/00_core.ipynb #8f2dcbbe
+# %% ../nbs/00_core.ipynb #563f731c
 def apply_overlay(
     overlay: str | Path,              # YAML with some of the settings, relative to the project
     path: str | Path | None = None,   # by default the project's `params.yaml`
@@ -155,7 +155,7 @@ def _merge(settings: dict, values: dict, prefix: str = "") -> list[str]:
         elif settings.get(key) != value: settings[key] = value; changed.append(f"{prefix}{key}")
     return changed
 
-# %% ../nbs/00_core.ipynb #25bdd1d0
+# %% ../nbs/00_core.ipynb #1b0e33f5
 def seed_everything(
     seed: int,               # for Python, NumPy and torch
     threads: int | None = None,  # of torch; unchanged by default
@@ -166,7 +166,7 @@ def seed_everything(
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# %% ../nbs/00_core.ipynb #1ff4554f
+# %% ../nbs/00_core.ipynb #9defaebf
 def has_bf16(device: str | torch.device = "cpu") -> bool:
     "Whether `device` multiplies bf16 in hardware."
     if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -188,7 +188,7 @@ def autocast(
     bf16 = resolve_precision(precision, device) == "bf16"
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
 
-# %% ../nbs/00_core.ipynb #6eba6fc9
+# %% ../nbs/00_core.ipynb #7c8062d7
 def progress(iterable=None, **kwargs) -> tqdm:
     "A tqdm bar: in the notebook, on the terminal only when a DVC stage runs, and none under nbdev's tests."
     if "DVC_STAGE" in os.environ: kwargs |= dict(file=_terminal(), disable=_terminal() is None)
@@ -198,7 +198,6 @@ def progress(iterable=None, **kwargs) -> tqdm:
 @lru_cache
 def _terminal():
     "The terminal of the process that started this kernel, past what the kernel captures; None where there is none."
-    stderr = Path(f"/proc/{os.getppid()}/fd/2")
-    if not stderr.exists(): return None
-    stream = stderr.open("w")
-    return stream if stream.isatty() else None
+    try: stderr = os.open(f"/proc/{os.getppid()}/fd/2", os.O_WRONLY)
+    except OSError: return None
+    return os.fdopen(stderr, "w") if os.isatty(stderr) else os.close(stderr)
