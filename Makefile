@@ -32,6 +32,7 @@ lab: data  ## JupyterLab on the notebooks
 	$(RUN) jupyter lab --notebook-dir=. nbs/index.ipynb
 
 bench: data  ## speeds as ratios, measured side by side
+	$(RUN) dvc repro --quiet prepare
 	$(RUN) python benchmarks/training_step.py
 
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml

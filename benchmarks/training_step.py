@@ -13,7 +13,7 @@ import typer
 from spotter.clips import ClipStore
 from spotter.core import autocast, find_root, load_params, resolve_precision
 from spotter.pyramid import create_backbone
-from spotter.train import batch_loss, set_up
+from spotter.train import batch_loss, depthwise_in_fp32, set_up
 
 
 def endless(loader):
@@ -44,30 +44,30 @@ def seconds(step, *args) -> float:
     return time.perf_counter() - start
 
 
-def measure(arm: str, steps: int) -> list[float]:
-    "Ratios of throughput, one a pair of steps."
+def measure(arm: str, pairs: int, block: int = 3):
+    "Print the ratios of throughput, from `pairs` times a block of steps of each side."
     params = load_params()
     session = set_up(params, arm, ClipStore(find_root()/"faces"))
     spec, precision = params.arms[arm], resolve_precision(params.train.precision)
-    net = create_backbone(spec.backbone).to(memory_format=torch.channels_last).train()
     n = spec.batch_size * params.clips.frames
     x = torch.randn(n, 3, spec.image_size, spec.image_size).contiguous(memory_format=torch.channels_last)
-    batches = endless(session.loader)
-    for _ in range(3): training_step(session, batches); bare_step(net, x, precision)
-    pairs = []
-    for _ in range(steps):
-        # a block of steps, so that batches that were loaded ahead of time do not count as free
-        ours = sum(seconds(training_step, session, batches) for _ in range(4))
-        bare = sum(seconds(bare_step, net, x, precision) for _ in range(4))
-        pairs.append(bare / ours)
-    print(f"{arm:<10} {n} frames a step, {spec.backbone} @{spec.image_size}, {precision}, {torch.get_num_threads()} threads: "
-          f"speed of a training step / bare forward+backward = {statistics.median(pairs):.2f} (from {min(pairs):.2f} to {max(pairs):.2f})", flush=True)
-    return pairs
+    nets = {name: create_backbone(spec.backbone).to(memory_format=torch.channels_last).train() for name in ("as it comes", "depthwise in fp32")}
+    depthwise_in_fp32(nets["depthwise in fp32"])
+    batches, ratios = endless(session.loader), {name: [] for name in nets}
+    for _ in range(2): training_step(session, batches)
+    for net in nets.values(): bare_step(net, x, precision)
+    for _ in range(pairs):
+        # a block of steps, so that batches which were loaded ahead of time do not count as free
+        ours = sum(seconds(training_step, session, batches) for _ in range(block))
+        for name, net in nets.items(): ratios[name].append(sum(seconds(bare_step, net, x, precision) for _ in range(block)) / ours)
+    print(f"{arm}: {n} frames a step, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
+    for name, found in ratios.items():
+        print(f"  speed of a training step / bare forward+backward, backbone {name}: {statistics.median(found):.2f} (from {min(found):.2f} to {max(found):.2f})", flush=True)
 
 
-def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; all by default"), steps: int = typer.Option(5, help="pairs of blocks of four steps")):
+def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; all by default"), pairs: int = typer.Option(3, help="how often both sides are timed")):
     "Print the speed of a training step as a ratio to the bare backbone's."
-    for arm in arms or load_params().arms: measure(arm, steps)
+    for arm in arms or load_params().arms: measure(arm, pairs)
 
 
 if __name__ == "__main__": typer.run(main)
