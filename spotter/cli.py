@@ -5,42 +5,59 @@
 # %% auto #0
 __all__ = ['app', 'main', 'synth', 'tidy_report']
 
-# %% ../nbs/50_cli.ipynb #526f6cbe
+# %% ../nbs/50_cli.ipynb #abab392b
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/50_cli.ipynb #d9dfc7bb
+# %% ../nbs/50_cli.ipynb #a8d18537
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()   # with a callback every command is a subcommand, even while there is only one
 def main():
     "Detect manipulated faces in video, with heatmaps at three scales."
 
-# %% ../nbs/50_cli.ipynb #9d5be2fd
+# %% ../nbs/50_cli.ipynb #e834b002
 @app.command()
 def synth(
     root: Annotated[Path, typer.Argument(help="Folder of the data set; made if missing, continued if it has the same settings.")] = Path("data"),
-    pairs: Annotated[int, typer.Option(min=3, help="Identity pairs, split 18 : 5 : 9 into train, val and test.")] = 32,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = 16,
+    pairs: Annotated[int, typer.Option(min=3, help="Identity pairs, split 26 : 6 : 16 into train, val and test.")] = 48,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a clip.")] = 24,
     fps: Annotated[int, typer.Option(min=1, help="Frames per second.")] = 25,
     size: Annotated[int, typer.Option(min=64, help="Side of a frame in pixels, even.")] = 256,
-    samples: Annotated[int, typer.Option(min=1, help="Rays per pixel: quality against time.")] = 16,
-    grade: Annotated[Optional[list[str]], typer.Option(help="Strength of the fakes: obvious, medium or hard. Repeat to mix. [default: obvious medium]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other people.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Rays per pixel: quality against time.")] = 8,
+    grade: Annotated[Optional[list[str]], typer.Option(help="Strength of the fakes: obvious, medium or hard. Repeat to mix. [default: all three]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other people; with --check, other identities to check.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 renders in this one.")] = 2,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing: render some identities of ROOT again and compare. Exit code 1 if they differ.")] = False,
+    identities: Annotated[int, typer.Option(min=1, help="With --check: how many; each brings an original and two fakes.")] = 3,
 ):
-    "Render the bundled data set of nobody's faces in FaceForensics++'s folder layout."
-    from spotter.synth import synthesise
-    try: manifest = synthesise(root, pairs, frames, fps, size, samples, tuple(grade or ("obvious", "medium")), seed, workers)
+    "Render the bundled data set of nobody's faces in FaceForensics++'s folder layout; killed at any time, the same command goes on. Clips of the test split are coded at CRF 23 and 40, the others at 23."
+    try: agrees = _check(root, identities, seed, workers) if check else _make(root, pairs, frames, fps, size, samples, grade, seed, workers)
     except ValueError as e:
         typer.echo(f"spotter synth: {e}", err=True)
         raise typer.Exit(2)
+    if not agrees: raise typer.Exit(1)
+
+def _make(root, pairs, frames, fps, size, samples, grade, seed, workers) -> bool:
+    "Render, and say what is there."
+    from spotter.synth import GRADES, synthesise
+    manifest = synthesise(root, pairs, frames, fps, size, samples, tuple(grade or GRADES), seed, workers)
     counts = manifest.groupby("method").size()
     typer.echo(f"{root}: {counts['youtube']} originals, {len(manifest)-counts['youtube']} fakes, listed in {root/'manifest.csv'}")
+    return True
 
-# %% ../nbs/50_cli.ipynb #e5d4f521
+def _check(root, identities, seed, workers) -> bool:
+    "Compare, print a line per clip, and say whether all agree."
+    from spotter.synth import TOLERANCE, check_set
+    table = check_set(root, identities, seed, workers)
+    typer.echo(table.round({"before": 2, "before_max": 0, "mask": 4, "coded": 2}).to_string(index=False))
+    limits = "mean {before} and at most {before_max} grey levels before coding, {mask} of the mask's frame, {coded} times the loss of coding".format(**TOLERANCE)
+    typer.echo(f"{root}: {table.agrees.sum()} of {len(table)} clips agree within the tolerance ({limits})")
+    return bool(table.agrees.all())
+
+# %% ../nbs/50_cli.ipynb #6e6cfc5a
 @app.command()
 def tidy_report(report: Annotated[Path, typer.Argument(help="Executed notebook, rewritten in place.", exists=True, dir_okay=False)]):
     "Drop from an executed notebook what differs between two equal runs."

@@ -1,0 +1,242 @@
+"""The bundled clips cannot be cheated, and the audit that says so can fail.
+
+By default a sample of pairs is looked at: it can show a leak, but not that there is none. `pytest tests/test_audit.py --all-clips` looks at every frame of every clip."""
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from spotter import audit as A
+from spotter.core import find_root, load_params
+from spotter.datasets import index_dataset
+from spotter.faces import make_detector
+from spotter.video import probe, read_frames, write_video
+
+ROOT = find_root(Path(__file__).parent)
+DATA = ROOT/"data"
+METRICS = ROOT/"metrics"
+SHORTCUTS = [g for g in A.GROUPS if g not in A.UNBOUND]
+pytestmark = pytest.mark.skipif(not (DATA/"manifest.csv").exists(), reason=f"{DATA} holds no data set: `dvc pull data` fetches it")
+
+
+@pytest.fixture(scope="module")
+def params():
+    p = load_params(ROOT/"params.yaml")
+    return p.model_copy(update=dict(data=p.data.model_copy(update=dict(root="data", layout="ffpp", compression="c23"))))
+
+
+@pytest.fixture(scope="module")
+def index(): return index_dataset(DATA, "ffpp", "c23")
+
+
+@pytest.fixture(scope="module")
+def looked(params, all_clips):
+    "Everything about all clips, or about four pairs."
+    if all_clips: return A.look_at_corpus(params, DATA, every=1, workers=2)
+    return A.look_at_corpus(params, DATA, sample=24, workers=1)
+
+
+@pytest.fixture(scope="module")
+def features(params, index, looked, all_clips):
+    "Features of all clips, or of ten pairs; without comparing fakes and originals, which takes longer."
+    if all_clips: return looked
+    detect, rows = make_detector(params.faces.detector, params.faces.min_score), []
+    for _, clips in A.sample_pairs(index, 60).groupby("target_id"):
+        films = {r.path: (r, read_frames(DATA/r.path)[0]) for r in clips.sort_values("label").itertuples(index=False)}
+        original = next(iter(films.values()))[1]
+        behind = A.backdrop(list(A.face_track(original, detect, params.faces.every)[0].values()), original.shape[1:3])
+        rows += [r._asdict() | A.clip_features(DATA/p, f, behind) for p, (r, f) in films.items()]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def trio(index):
+    "Original, fake and mask of one target, and the original coded twice."
+    fake = index[(index.label == 1) & (index.split == "train")].iloc[0]
+    original = read_frames(DATA/index[(index.label == 0) & (index.target_id == fake.target_id)].path.iloc[0])[0]
+    return original, read_frames(DATA/fake.path)[0], read_frames(DATA/fake.mask_path)[0][..., 0] > 127, A.two_codings(original)
+
+
+# ---- the bundled clips ------------------------------------------------------------------------------------------------------------------------------------
+
+def test_real_and_fake_are_coded_alike(index):
+    assert len({probe(DATA/p) for p in index.path}) == 1, "videos differ in size, rate, length or format"
+    settings = {line for p in index.path for line in encoder_lines(DATA/p)}
+    assert len(settings) == 1, settings
+
+
+def encoder_lines(path):
+    "What x264 wrote about its settings into the stream."
+    data = path.read_bytes()
+    start = data.index(b"x264 - core")
+    return [data[start:data.index(b"\0", start)].decode("ascii", "replace")]
+
+
+def test_fakes_differ_from_their_originals_inside_the_mask_only(looked):
+    fakes = looked[looked["mask_path"] != ""]
+    assert len(fakes) == (looked.label == 1).sum() > 0
+    bad = fakes[~A.holds(fakes)]
+    assert bad.empty, bad[["clip_id", "ratio", "brightness", "contrast", "shift", "blur", "inside_ratio"]].round(3).to_string()
+
+
+def test_no_manipulated_pixel_counts_as_background(looked):
+    fakes = looked[looked["mask_path"] != ""]
+    assert (fakes.stray == 0).all(), fakes.loc[fakes.stray > 0, ["clip_id", "stray"]].to_string()
+    assert (looked.background >= A.MIN_BACKGROUND).all(), looked.loc[looked.background < A.MIN_BACKGROUND, "clip_id"].tolist()
+
+
+def test_the_face_is_found(looked):
+    share = looked.groupby("method").found.sum()/looked.groupby("method").probed.sum()
+    assert set(share.index) >= {"youtube"} and len(share) == 5 and (share >= A.BOUNDS["found"]).all(), share
+
+
+def test_no_shortcut(features, all_clips):
+    found = A.shortcuts(features, 1000 if all_clips else 300).set_index("group").loc[SHORTCUTS]
+    reach = found.hi if all_clips else found.lo      # of a sample, only a leak that cannot be chance counts
+    assert (reach <= A.BOUNDS["auc"]).all(), found.round(3).to_string()
+    assert (found.clips == len(features)).all()
+
+
+# ---- what the stage wrote ---------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def written():
+    if not (METRICS/"audit.csv").is_file(): pytest.skip(f"{METRICS/'audit.csv'} is not there: `dvc repro audit` makes it")
+    return pd.read_csv(METRICS/"audit.csv", keep_default_na=False, na_values=dict.fromkeys(("value", "lo", "hi", "bound"), ""))
+
+
+def test_every_bound_holds(written):
+    assert not (written["holds"] == "no").any(), written[written["holds"] == "no"].to_string()
+    assert (written["holds"][written.bound.notna()] == "yes").all()
+
+
+def test_every_bound_was_checked(written):
+    bounds = written.dropna(subset="bound").set_index(["check", "item"]).bound
+    assert bounds["shortcut"].to_dict() == dict.fromkeys(SHORTCUTS, A.BOUNDS["auc"])
+    assert bounds["surroundings"].to_dict() == {k: A.BOUNDS[k] for k in ("ratio", "brightness", "contrast", "shift", "blur")}
+    assert (bounds["inside"]["ratio"], bounds["prior"]["centre"]) == (A.BOUNDS["inside"], A.BOUNDS["prior"])
+    assert len(bounds["detector"]) == 5 and (bounds["detector"] == A.BOUNDS["found"]).all()
+
+
+def test_every_fake_was_compared(written, index):
+    clips = pd.read_csv(METRICS/"audit_clips.csv")
+    assert set(clips.clip_id) == set(index.clip_id[index.label == 1]) and clips["holds"].all()
+
+
+# ---- the audit can fail -----------------------------------------------------------------------------------------------------------------------------------
+
+def moved(frames, dx): return np.stack([cv2.warpAffine(f, np.float32([[1, 0, dx], [0, 1, 0]]), f.shape[1::-1], flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT) for f in frames])
+
+
+SPOILS = {"brightness": lambda f: np.clip(f.astype(int) + 2, 0, 255).astype(np.uint8),
+          "contrast": lambda f: np.clip((f.astype(float) - 128)*1.03 + 128, 0, 255).round().astype(np.uint8),
+          "shift": lambda f: moved(f, 1/3),
+          "blur": lambda f: np.stack([cv2.GaussianBlur(x, (0, 0), .6) for x in f])}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_spoiled_surroundings_are_found(trio, name):
+    original, fake, masks, codings = trio
+    spoiled = np.where(masks[..., None], fake, SPOILS[name](fake))
+    found, before = A.difference(original, spoiled, masks, codings), A.difference(original, fake, masks, codings)
+    assert A.holds(before) and not A.holds(found)
+    assert abs(found[name]) > A.BOUNDS[name] > abs(before[name]), (found, before)
+    assert found["inside"] == before["inside"] and found["reference"] == before["reference"]
+
+
+def test_a_fake_that_is_its_original_is_found(trio):
+    original, fake, masks, codings = trio
+    found = A.difference(original, np.where(masks[..., None], original, fake), masks, codings)
+    assert found["inside"] == 0 and not A.holds(found)
+
+
+def test_differences_by_hand():
+    "Frames of 40 x 40 pixels: the mask is a pixel in the middle; fake and original differ by 9 there, by 4 beside it, by 1 elsewhere; the codings by 2."
+    original = np.random.default_rng(0).integers(50, 200, (2, 40, 40, 3)).astype(np.uint8)
+    masks = np.zeros((2, 40, 40), bool); masks[:, 20, 20] = True
+    change = np.full((2, 40, 40, 1), 1, np.uint8); change[:, 18:23, 18:23] = 4; change[masks] = 9
+    found = A.difference(original, original + change, masks, (original, original + np.uint8(2)))
+    assert (found["outside"], found["inside"], found["reference"], found["inside_reference"]) == (1, 9, 2, 2)
+    assert (found["ratio"], found["inside_ratio"], found["inside_outside"]) == (.5, 4.5, 9)
+    assert found["brightness"] == pytest.approx(1) and found["shift"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def recoded_pairs(index, tmp_path_factory):
+    "Eight frames of 16 originals, each coded at CRF 23 as a real and again at `crf` as a fake: (crf) -> table of file features."
+    folder, originals = tmp_path_factory.mktemp("recoded"), index[index.label == 0].iloc[:16]
+    films = {r.target_id: read_frames(DATA/r.path, range(8))[0] for r in originals.itertuples()}
+    def make(crf):
+        rows = []
+        for label, level in ((0, 23), (1, crf)):
+            for k, (name, film) in enumerate(films.items()):
+                write_video(folder/"x.mp4", film, crf=level)
+                other = list(films)[k ^ 1]
+                rows.append(dict(label=label, target_id=name, source_id=other if label else "") | A.file_features(folder/"x.mp4"))
+        return pd.DataFrame(rows)
+    return make
+
+
+def file_auc(table):
+    scores = A.out_of_fold(table, table.drop(columns=["label", "target_id", "source_id"]).to_numpy())
+    return A.with_intervals(table, scores[:, None], 200, 0)[0]
+
+
+def test_another_encoder_setting_is_found(recoded_pairs):
+    assert file_auc(recoded_pairs(30))["lo"] > .9
+
+
+def test_equal_files_give_no_shortcut(recoded_pairs):
+    "Each file twice, as real and as fake: no score can tell, whatever it says."
+    found = file_auc(recoded_pairs(23))
+    assert found["value"] == found["lo"] == found["hi"] == .5
+
+
+def made_up(shift, pairs=20, seed=0):
+    "A clip's values are its target's own, plus a little of each clip; fakes are moved by `shift` spreads in the group `background`."
+    rng, rows = np.random.default_rng(seed), []
+    for k in range(pairs):
+        for t, s in ((2*k, 2*k + 1), (2*k + 1, 2*k)):
+            own = {f"{g}.x": rng.normal() for g in A.GROUPS}
+            for label in (0, 1, 1):
+                values = {c: v + .1*rng.normal() for c, v in own.items()}
+                values["background.x"] += shift*label
+                rows.append(dict(label=label, method="swap" if label else "real", target_id=f"{t:03d}", source_id=f"{s:03d}" if label else "") | values)
+    return pd.DataFrame(rows)
+
+
+def test_a_planted_leak_is_found_where_it_is():
+    found = A.shortcuts(made_up(8.), 200).set_index("group")
+    assert found.loc["background", "lo"] > .98 and (found.drop("background").hi < A.BOUNDS["auc"]).all()
+    above = A.single_features(made_up(8.), 50).set_index("group").above
+    assert above["background"] == 1 and (above.drop("background") - .5).abs().max() < .2
+
+
+def test_without_a_leak_one_half_is_in_reach():
+    found = A.shortcuts(made_up(0.), 200)
+    assert (found.value - .5).abs().max() < .08 and (found.hi >= .45).all()
+
+
+def test_clips_without_background_are_left_out_of_that_group_alone():
+    table = made_up(0.)
+    table.loc[:2, "background.x"] = math.nan
+    clips = A.shortcuts(table, 20).set_index("group").clips
+    assert clips["background"] == len(table) - 3 and (clips.drop("background") == len(table)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auc_and_pixel_ap_agree_with_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    y, p = rng.integers(0, 2, 60), rng.integers(0, 9, (60, 2)).astype(float)
+    assert A.auc(y, p) == pytest.approx([roc_auc_score(y, c) for c in p.T])
+    prior, masks = rng.integers(0, 5, (12, 12)).astype(float), rng.random((4, 12, 12)) < .3
+    assert A.pixel_ap(prior, masks) == pytest.approx([average_precision_score(m.ravel(), prior.ravel()) for m in masks])
+
+
+def test_a_bound_that_cannot_be_judged_does_not_hold():
+    table = A.bounds_table(pd.DataFrame([dict(group="file", value=.5, lo=math.nan, hi=math.nan)]), pd.DataFrame(dict(ratio=[math.nan])), {}, dict(centre=dict(all=dict(value=math.nan))))
+    assert set(table["holds"]) == {"no"}
