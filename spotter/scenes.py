@@ -8,7 +8,7 @@ __all__ = ['REGIONS', 'STRAND', 'Surface', 'Strands', 'vertex_normals', 'region_
            'render_colour', 'render_flat', 'denoise', 'defocus', 'head_motion', 'render_frame', 'background', 'Camera',
            'sample_camera', 'develop']
 
-# %% ../nbs/13_scenes.ipynb #620ec6fe
+# %% ../nbs/13_scenes.ipynb #cccbd5b9
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import tempfile
@@ -22,7 +22,7 @@ from .heads import BELOW, Head, Template, generator, hair_amount, paint_eye, pai
 from .hair import grow_hair
 from .motion import Motion, bend_neck, eyeballs, pose_vertices
 
-# %% ../nbs/13_scenes.ipynb #75300876
+# %% ../nbs/13_scenes.ipynb #18657600
 @dataclass(frozen=True)
 class Surface:
     "A part of the scene as the renderer takes it."
@@ -49,7 +49,7 @@ def vertex_normals(
     total = np.stack([np.bincount(faces.ravel(), np.repeat(area[:, i], 3), len(vertices)) for i in range(3)], 1)
     return total/np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)
 
-# %% ../nbs/13_scenes.ipynb #1717376d
+# %% ../nbs/13_scenes.ipynb #1bf9009b
 def _ellipse(x, z, centre, size, soft=.12):
     "1 inside an ellipse of the frontal plane, 0 outside, soft edge."
     return 1-smoothstep(np.hypot((x-centre[0])/size[0], (z-centre[1])/size[1]), 1-soft, 1+soft)
@@ -76,7 +76,7 @@ def region_weights(
     front[~outside] = 1                                  # the inside of the mouth lies deep, but is seen through the face
     return np.stack([REGIONS[n](x, z)*front for n in names], 1).astype(np.float32)
 
-# %% ../nbs/13_scenes.ipynb #b334cf25
+# %% ../nbs/13_scenes.ipynb #3c45744d
 def to_linear(srgb):
     "Linear light of sRGB values, both 0…1."
     srgb = np.asarray(srgb, np.float32)
@@ -93,7 +93,7 @@ def _principled(colour, roughness, specular=.35):
     texture = {"type": "rgb", "value": [float(v) for v in linear]} if linear.ndim == 1 else {"type": "bitmap", "bitmap": mi.Bitmap(linear), "raw": True}
     return {"type": "twosided", "bsdf": {"type": "principled", "base_color": texture, "roughness": float(roughness), "specular": float(specular)}}
 
-# %% ../nbs/13_scenes.ipynb #1953f31a
+# %% ../nbs/13_scenes.ipynb #3db929a3
 def use_renderer():
     "Mitsuba's variant that runs everywhere, on one thread: the work is spread over processes."
     mi.set_variant("scalar_rgb")
@@ -141,7 +141,7 @@ def prepare_actor(
     skin, body = (vertex_normals(head.vertices, template.parts[n]) for n in ("skin", "body"))
     return Actor(template, head, materials, grow_hair(template, head, skin + body, seed))
 
-# %% ../nbs/13_scenes.ipynb #b76fe905
+# %% ../nbs/13_scenes.ipynb #e4745cd1
 def _take(template, vertices, faces, material, regions, corners=None, normals=None) -> Surface:
     "A part with its own vertices; texture seams split a vertex in two."
     if corners is None: corners = np.zeros_like(faces)
@@ -167,7 +167,7 @@ def clip_surface(
     rows = np.concatenate([rows, *new])
     return Surface(rows[:, :3], np.concatenate(faces), rows[:, 3:6], rows[:, 6:8], rows[:, 8:], surface.material)
 
-# %% ../nbs/13_scenes.ipynb #49337752
+# %% ../nbs/13_scenes.ipynb #3b21ad8c
 def _cap(actor: Actor, vertices, normals, regions) -> Surface:
     "A cap: the scalp pushed outwards, cut along the hairline."
     t, look = actor.template, actor.head.identity.look
@@ -216,7 +216,7 @@ def assemble(
     parts.append(_take(t, v, t.parts["body"], m["body"], np.zeros_like(regions)))
     return parts + (_wear(actor, v, normals, motion.turn[frame]) if dressed else [])
 
-# %% ../nbs/13_scenes.ipynb #75231f96
+# %% ../nbs/13_scenes.ipynb #998e3a73
 @dataclass(frozen=True)
 class Stage:
     "Camera and light of a clip."
@@ -239,7 +239,7 @@ def sample_stage(name: str, seed: int = 0) -> Stage:
         lights.append((np.array([np.sin(a)*np.cos(e), -np.cos(a)*np.cos(e), np.sin(e)])*1.3 + [0, 0, .1], rng.uniform(.2, .5), 9*power*warm()))
     return Stage({"origin": origin, "target": target, "fov": float(np.degrees(2*np.arctan(view/2/distance)))}, lights, rng.uniform(.25, .7)*warm(), rng.uniform(.15, 1.))
 
-# %% ../nbs/13_scenes.ipynb #6ff22a1c
+# %% ../nbs/13_scenes.ipynb #9367761c
 def _colour(material: dict):
     "Base colour inside a material's wrappers."
     while "base_color" not in material: material = material["bsdf"]
@@ -283,7 +283,7 @@ def _sensor(stage: Stage, size: int, samples: int, seed: int, crop) -> dict:
     return {"type": "perspective", "fov": stage.camera["fov"], "to_world": look, "film": film,
             "sampler": {"type": "multijitter", "sample_count": samples, "seed": seed}}
 
-# %% ../nbs/13_scenes.ipynb #fae812a5
+# %% ../nbs/13_scenes.ipynb #3e9e8e77
 def render_colour(
     surfaces: list[Surface],
     stage: Stage,
@@ -311,7 +311,7 @@ def render_flat(
     scene |= {f"part{i}": _mesh(s, what) for i, s in enumerate(surfaces)}
     return np.array(mi.render(mi.load_dict(scene, parallel=False), seed=0))[..., :3]
 
-# %% ../nbs/13_scenes.ipynb #6aa01d45
+# %% ../nbs/13_scenes.ipynb #0f848d0a
 def denoise(
     colour: np.ndarray,   # (h, w, 4) linear, premultiplied
     albedo: np.ndarray,   # (h, w, 3) 0 where it is not known
@@ -359,7 +359,7 @@ def render_frame(
     regions[y:y+h, x:x+w] = render_flat(surfaces, stage, size, "regions", crop=crop)
     return colour, regions
 
-# %% ../nbs/13_scenes.ipynb #4193cf15
+# %% ../nbs/13_scenes.ipynb #0f768a4b
 def _box(image, rng, x, y, w, h, lo, hi, tint=.10):
     "A filled rectangle in a random tone; sides are shares of the picture."
     n = image.shape[0]
@@ -412,7 +412,7 @@ def background(
     image = cv2.GaussianBlur(cv2.filter2D(image, -1, disc/disc.sum(), borderType=cv2.BORDER_REFLECT), (0, 0), 1.5)
     return np.clip(cv2.resize(image*rng.uniform(.5, 1.1), (size, size), interpolation=cv2.INTER_CUBIC), .004, 1).astype(np.float32)
 
-# %% ../nbs/13_scenes.ipynb #d134d4c2
+# %% ../nbs/13_scenes.ipynb #455fb7b2
 @dataclass(frozen=True)
 class Camera:
     "What turns linear light into the pixels of a clip."
