@@ -94,7 +94,7 @@ def test_the_face_is_found(looked):
 
 
 def test_no_shortcut(features, all_clips):
-    found = A.shortcuts(features, 1000 if all_clips else 300).set_index("group").loc[A.GROUPS]
+    found = A.shortcuts(features, 1000 if all_clips else 300).set_index("group").loc[list(A.GROUPS)]
     reach = found.hi if all_clips else found.lo      # of a sample, only a leak that cannot be chance counts
     assert (reach <= A.BOUNDS["auc"]).all(), found.round(3).to_string()
     assert (found.clips == len(features)).all()
