@@ -9,7 +9,7 @@ __all__ = ['GRID', 'SCORES', 'FILLS', 'OUTLINE', 'on_grid', 'on_common_grid', 'r
            'localisation_summary', 'best_median_worst', 'removal_places', 'deletion_curve', 'draw_deletion',
            'draw_localisation', 'draw_by_method', 'overlay', 'draw_evidence']
 
-# %% ../nbs/42_localisation.ipynb #612a4182
+# %% ../nbs/42_localisation.ipynb #b8f91652
 import math
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ from .audit import centre_prior
 from .figures import ARM_MARKERS, NEUTRAL, PALETTE, dots, label_rows, styled
 from .metrics import aligned, identity_units, interval, resampled_rows
 
-# %% ../nbs/42_localisation.ipynb #c46ee76c
+# %% ../nbs/42_localisation.ipynb #548348ee
 GRID = 56  # side of the grid on which every map is scored
 
 def on_grid(
@@ -38,7 +38,7 @@ def on_grid(
         return np.stack([cv2.resize(m.astype(np.float64), shape[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) for m in maps])
     return F.interpolate(torch.from_numpy(maps.astype(np.float64))[:, None], shape, mode="bilinear", align_corners=False)[:, 0].numpy().astype(np.float32)
 
-# %% ../nbs/42_localisation.ipynb #5baa9e74
+# %% ../nbs/42_localisation.ipynb #c710289b
 def on_common_grid(
     heatmaps,          # (T, h, w) finite, ≥ 0, of any resolution
     masks,             # (T, H, W) bool or 0/1
@@ -52,7 +52,7 @@ def on_common_grid(
     shape = min(grid, masks.shape[1]), min(grid, masks.shape[2])
     return on_grid(maps, shape).reshape(len(maps), -1), (on_grid(masks, shape) >= .5).reshape(len(masks), -1)
 
-# %% ../nbs/42_localisation.ipynb #7ac94437
+# %% ../nbs/42_localisation.ipynb #98c72590
 def ranking(
     maps: np.ndarray,   # (T, P) floats
     masks: np.ndarray,  # (T, P) bool
@@ -66,7 +66,7 @@ def ranking(
     last = np.minimum.accumulate(np.where(ends, place, place[-1])[:, ::-1], axis=1)[:, ::-1]
     return hits, hits.cumsum(1), first, last
 
-# %% ../nbs/42_localisation.ipynb #eea0f30e
+# %% ../nbs/42_localisation.ipynb #8e16b639
 def rank_scores(
     maps: np.ndarray,   # (T, P) floats
     masks: np.ndarray,  # (T, P) bool, none of them empty
@@ -85,7 +85,7 @@ def _hits_among(n: np.ndarray, hits, sofar, first, last, at_end) -> np.ndarray:
     before = np.where(first > 0, np.take_along_axis(sofar, np.maximum(first - 1, 0)[:, None], 1)[:, 0], 0)
     return before + (at_end - before)*(n - first)/(last - first + 1)
 
-# %% ../nbs/42_localisation.ipynb #60cffb27
+# %% ../nbs/42_localisation.ipynb #d369f25b
 def pointing_game(
     heatmaps,  # (T, h, w) ≥ 0
     masks,     # (T, H, W) bool or 0/1
@@ -97,7 +97,7 @@ def pointing_game(
     peak = maps == highest
     return np.where(highest[:, 0, 0] > 0, (peak & masks[:, rows[:, None], columns]).sum((1, 2))/peak.sum((1, 2)), 0.)
 
-# %% ../nbs/42_localisation.ipynb #f02be65f
+# %% ../nbs/42_localisation.ipynb #8c122528
 def value_scores(
     maps: np.ndarray,          # (T, P) floats
     masks: np.ndarray,         # (T, P) bool, none of them empty
@@ -110,7 +110,7 @@ def value_scores(
     lit = maps >= threshold
     return dict(energy=energy, iou=(lit & masks).sum(1)/(lit | masks).sum(1))
 
-# %% ../nbs/42_localisation.ipynb #7e77ce01
+# %% ../nbs/42_localisation.ipynb #fc17219a
 SCORES = dict(pointing="pointing game", energy="energy inside", rank_accuracy="rank accuracy", auroc="pixel AUROC", average_precision="pixel average precision",
               iou="IoU, frozen threshold", iou_at_area="IoU at the mask's area")  # higher is better, all in [0, 1]
 
@@ -137,7 +137,7 @@ def localisation_metrics(
     seen = int((table.mask_share > 0).sum())
     return table[list(SCORES)].mean().to_dict() | dict(frames=seen, frames_without_mask=len(table) - seen)
 
-# %% ../nbs/42_localisation.ipynb #bf752cbf
+# %% ../nbs/42_localisation.ipynb #3fb8fa0b
 def choose_iou_threshold(
     heatmaps,           # (N, h, w) of the validation fakes, all frames together
     masks,              # (N, H, W) bool or 0/1
@@ -161,7 +161,7 @@ def _at_or_above(maps: np.ndarray, cuts: np.ndarray, counted: np.ndarray) -> np.
     counts = np.bincount(cell[counted], minlength=len(maps)*(len(cuts) + 1)).reshape(len(maps), -1)
     return counts[:, :0:-1].cumsum(1)[:, ::-1]
 
-# %% ../nbs/42_localisation.ipynb #09b3f7c3
+# %% ../nbs/42_localisation.ipynb #cedd9a5c
 def lit_share(
     heatmaps,             # (T, h, w) finite, ≥ 0
     threshold: float,     # as for `iou`
@@ -174,7 +174,7 @@ def lit_share(
     if not inside.any(): raise ValueError("the region is empty: no share of it can light up")
     return (maps >= threshold)[:, inside[0]].mean(1)
 
-# %% ../nbs/42_localisation.ipynb #d07f6afe
+# %% ../nbs/42_localisation.ipynb #ac1dd19c
 def perfect_maps(
     masks,      # (T, H, W) bool or 0/1, at least as fine as the result
     side: int,  # resolution of the map
@@ -182,7 +182,7 @@ def perfect_maps(
     "The true mask as a map of `side`×`side` cells sees it: the manipulated share of each cell."
     return on_grid(masks, (side, side))
 
-# %% ../nbs/42_localisation.ipynb #8b282e26
+# %% ../nbs/42_localisation.ipynb #55f7b2ff
 def centre_maps(frames: int, side: int = GRID) -> np.ndarray:  # (frames, side, side) in [0, 1]
     "The centre prior for each frame."
     return _still(centre_prior(side), frames)
@@ -204,7 +204,7 @@ def face_maps(frames: int, face: np.ndarray) -> np.ndarray:  # (frames, side, si
 
 def _still(picture: np.ndarray, frames: int) -> np.ndarray: return np.broadcast_to(picture, (frames, *picture.shape))
 
-# %% ../nbs/42_localisation.ipynb #78c263b1
+# %% ../nbs/42_localisation.ipynb #e2447cf9
 def score_clip(
     clip: dict,                                  # its columns: clip_id, label, method, strength, target_id, source_id …
     maps: dict[str, np.ndarray],                 # {source of maps: (T, h, w)}; resolutions may differ
@@ -214,7 +214,7 @@ def score_clip(
     "Scores of several sources of maps on one clip."
     return [dict(source=name, **clip) | localisation_metrics(m, masks, (thresholds or {}).get(name)) for name, m in maps.items()]
 
-# %% ../nbs/42_localisation.ipynb #de9f35b5
+# %% ../nbs/42_localisation.ipynb #3b3b39bc
 def _resampled(scores: pd.DataFrame, resamples: int, seed: int) -> tuple[list[str], int, np.ndarray, np.ndarray]:
     "Sources, number of clips, means (S, scores) and means of each resample (R, S, scores); all `nan` for a single pair."
     parts = {name: rows for name, rows in scores.groupby("source", sort=False)}
@@ -244,7 +244,7 @@ def _group_rows(column: str, name: str, rows: pd.DataFrame, resamples: int, seed
     sources, clips, value, drawn = _resampled(rows, resamples, seed)
     return [dict(by=column, group=name, clips=clips, source=source, score=score) | interval(float(value[s, k]), drawn[:, s, k]) for s, source in enumerate(sources) for k, score in enumerate(SCORES)]
 
-# %% ../nbs/42_localisation.ipynb #7d3b460d
+# %% ../nbs/42_localisation.ipynb #f3d7bbd9
 def gains(
     scores: pd.DataFrame,  # rows of `score_clip`
     a: str,                # a source
@@ -263,7 +263,7 @@ def gains(
         for k, row in enumerate(rows): row |= zip((kind, f"{kind}_lo", f"{kind}_hi"), interval(float(found[k]), samples[:, k]).values())
     return pd.DataFrame(rows, index=list(SCORES))
 
-# %% ../nbs/42_localisation.ipynb #4b95392b
+# %% ../nbs/42_localisation.ipynb #3cc6cdb3
 def localisation_summary(
     table: pd.DataFrame,  # of `localisation_table`
 ) -> dict[str, dict]:  # {source: {score: {value, lo, hi}, "clips": n, "per_method": {method: {score: …}}, …}}
@@ -275,7 +275,7 @@ def localisation_summary(
         place |= {r.score: dict(value=r.value, lo=r.lo, hi=r.hi) for r in rows.itertuples()} | dict(clips=int(rows.clips.iloc[0]))
     return summary
 
-# %% ../nbs/42_localisation.ipynb #1ddd4af5
+# %% ../nbs/42_localisation.ipynb #f8417a89
 def best_median_worst(
     scores: pd.DataFrame,              # rows of `score_clip`
     source: str,                       # whose score decides
@@ -286,7 +286,7 @@ def best_median_worst(
     def pick(group): return group.iloc[list(places := {0: "best", len(group)//2: "median", len(group) - 1: "worst"})].assign(rank=list(places.values()))
     return pd.concat([pick(group) for _, group in rows.groupby("method")], ignore_index=True)
 
-# %% ../nbs/42_localisation.ipynb #88feb07a
+# %% ../nbs/42_localisation.ipynb #5937c4b1
 FILLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # (T, H, W, 3) frames -> what replaces their pixels, of the same shape and type
     "blur": lambda film: np.stack([cv2.GaussianBlur(f, (0, 0), film.shape[1]/16) for f in film]),
     "mean": lambda film: np.broadcast_to(film.mean((0, 1, 2)), film.shape).astype(film.dtype)}
@@ -304,7 +304,7 @@ def removal_places(
     np.put_along_axis(places, order, np.arange(order.shape[1])[None], 1)
     return places.reshape(-1, *shape)
 
-# %% ../nbs/42_localisation.ipynb #e7457d12
+# %% ../nbs/42_localisation.ipynb #b18fcfc4
 def deletion_curve(
     score_fn: Callable,   # takes frames of the type and shape of `frames`, gives p_fake
     frames,               # (T, H, W, 3) array, or (1, T, 3, H, W) tensor
@@ -325,7 +325,7 @@ def _like(film: np.ndarray, frames):
     "Frames (T, H, W, 3) in the layout of `frames`."
     return torch.from_numpy(film).permute(0, 3, 1, 2)[None].to(frames.device) if torch.is_tensor(frames) else film
 
-# %% ../nbs/42_localisation.ipynb #f0c8cea3
+# %% ../nbs/42_localisation.ipynb #23e2cdb7
 @styled
 def draw_deletion(
     curves: dict[str, tuple[pd.DataFrame, float]],  # {source of maps: what `deletion_curve` gives, or means of it}
@@ -341,7 +341,7 @@ def draw_deletion(
     figure.legend(fontsize="small", loc="outside right upper")
     return figure
 
-# %% ../nbs/42_localisation.ipynb #b34ed331
+# %% ../nbs/42_localisation.ipynb #c3a4be85
 @styled
 def draw_localisation(
     table: pd.DataFrame,          # of `localisation_table`; the group "all" is drawn, in the order of its sources
@@ -366,7 +366,7 @@ def draw_localisation(
     figure.legend(handles=marks, loc="outside upper right", ncols=3, fontsize="small")
     return figure
 
-# %% ../nbs/42_localisation.ipynb #2d260ae5
+# %% ../nbs/42_localisation.ipynb #932bc779
 @styled
 def draw_by_method(
     table: pd.DataFrame,   # of `localisation_table`
@@ -388,7 +388,7 @@ def draw_by_method(
     figure.supxlabel("mean over clips (95 % interval over identity pairs)", fontsize="small")
     return figure
 
-# %% ../nbs/42_localisation.ipynb #b548b440
+# %% ../nbs/42_localisation.ipynb #3b890143
 OUTLINE = "#00e5ff"  # of the true mask: a hue that the colour map lacks
 
 def overlay(
@@ -402,7 +402,7 @@ def overlay(
     colours, opacity = plt.get_cmap("inferno")(.2 + .8*heat)[..., :3], (.9*np.clip(heat, 0, 1)**.8)[..., None]
     return grey*(1 - opacity) + colours*opacity
 
-# %% ../nbs/42_localisation.ipynb #2902afc2
+# %% ../nbs/42_localisation.ipynb #7373514b
 @styled
 def draw_evidence(
     frames: np.ndarray,           # (T, H, W, 3) uint8 RGB
