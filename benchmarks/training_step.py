@@ -16,9 +16,9 @@ from spotter.pyramid import create_backbone
 from spotter.train import batch_loss, depthwise_in_fp32, set_up
 
 
-def endless(loader):
+def endless(loader, start):
     "Batches for ever, one epoch after the other."
-    for epoch in count():
+    for epoch in count(start):
         loader.set_epoch(epoch)
         yield from loader
 
@@ -53,7 +53,7 @@ def measure(arm: str, pairs: int, block: int = 3):
     x = torch.randn(n, 3, spec.image_size, spec.image_size).contiguous(memory_format=torch.channels_last)
     nets = {name: create_backbone(spec.backbone).to(memory_format=torch.channels_last).train() for name in ("as it comes", "depthwise in fp32")}
     depthwise_in_fp32(nets["depthwise in fp32"])
-    batches, ratios = endless(session.loader), {name: [] for name in nets}
+    batches, ratios = endless(session.loader, params.train.grow_epochs), {name: [] for name in nets}
     for _ in range(2): training_step(session, batches)
     for net in nets.values(): bare_step(net, x, precision)
     for _ in range(pairs):

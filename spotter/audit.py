@@ -34,7 +34,7 @@ from .datasets import index_dataset
 from .faces import Detect, largest_track, make_detector
 from .figures import FAKE, NEUTRAL, PALETTE, dots, label_rows, new_axes, styled
 from .metrics import identity_units, interval, resampled_rows
-from .video import VideoError, iter_frames, read_frames, sample_positions, write_video
+from .video import iter_frames, read_frames, sample_positions, write_video
 
 # %% ../nbs/36_audit.ipynb #20d1eaf4
 BOUNDS = {

@@ -6,9 +6,9 @@
 __all__ = ['MEAN', 'STD', 'prepare_corpus', 'ClipStore', 'to_input', 'WanderingCrop', 'make_augmentation', 'ClipDataset',
            'BalancedSampler']
 
-# %% ../nbs/19_clips.ipynb #6acb44cd
+# %% ../nbs/19_clips.ipynb #acccc1cd
 import io, math, multiprocessing, os, tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -28,7 +28,7 @@ from .datasets import COLUMNS, index_dataset
 from .faces import DETECTORS, encode_png, make_detector, prepare_clip
 from .video import sample_positions
 
-# %% ../nbs/19_clips.ipynb #189631d6
+# %% ../nbs/19_clips.ipynb #6e258e29
 def _append(
     tar: tarfile.TarFile,  # open for writing
     name: str,
@@ -41,7 +41,7 @@ def _append(
     tar.addfile(info, io.BytesIO(data))
     return start, len(data)
 
-# %% ../nbs/19_clips.ipynb #6454e75a
+# %% ../nbs/19_clips.ipynb #74352a6f
 def _results(job, rows: list[dict], workers: int) -> Iterator:
     "`job` over all rows, in order, in this process or in `workers` new ones; OpenCV uses one thread in each."
     if workers < 2:
@@ -52,7 +52,7 @@ def _results(job, rows: list[dict], workers: int) -> Iterator:
     else:  # new interpreters, because forking a process that runs threads can hang; the job stands in `spotter.faces`, which they import in half the time
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool: yield from pool.map(job, rows)
 
-# %% ../nbs/19_clips.ipynb #71fee095
+# %% ../nbs/19_clips.ipynb #852d8428
 def prepare_corpus(
     params: Params,                   # `data` and `faces` are used
     out: str | Path,                  # folder of the store; made anew
@@ -76,7 +76,7 @@ def prepare_corpus(
     _write_tables(pd.DataFrame(clips), pd.DataFrame(frames), out)
     return ClipStore(out)
 
-# %% ../nbs/19_clips.ipynb #b0d2795a
+# %% ../nbs/19_clips.ipynb #d3f7f15e
 def _clear(out: Path):
     "Make the folder, or remove an earlier store from it."
     out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def _write_tables(clips: pd.DataFrame, frames: pd.DataFrame, out: Path):
     frames.to_parquet(out/"frames.parquet", index=False)
     kept.to_parquet(out/"clips.parquet", index=False)
 
-# %% ../nbs/19_clips.ipynb #fbcba15e
+# %% ../nbs/19_clips.ipynb #593a5060
 class ClipStore:
     "Stored face crops, see `prepare_corpus`. `.clips`: one row per clip; `.index`: one row per crop; `.excluded`: clips without crops and the reason."
     def __init__(self, folder: str | Path):  # as written by `prepare_corpus`; `FileNotFoundError` otherwise
@@ -130,7 +130,7 @@ class ClipStore:
         if not places[0, 3]: return frames, np.zeros(frames.shape[:3], np.uint8)
         return frames, np.stack([self._image(shard, *places[p, 2:], cv2.IMREAD_GRAYSCALE) for p in positions]) // 255
 
-# %% ../nbs/19_clips.ipynb #7c34ff07
+# %% ../nbs/19_clips.ipynb #437a9eb8
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB
 
 def _as_video(frames: np.ndarray) -> tv_tensors.Video: return tv_tensors.Video(torch.from_numpy(frames).permute(0, 3, 1, 2))
@@ -146,7 +146,7 @@ def to_input(
     "What the network gets of stored crops when nothing is drawn at random."
     return _normalise(F.resize(_as_video(frames), [image_size, image_size], antialias=True))
 
-# %% ../nbs/19_clips.ipynb #b8acbe62
+# %% ../nbs/19_clips.ipynb #89e37ded
 class WanderingCrop(v2.Transform):
     "Square window around the centre, shifted by up to `shift` of the side and scaled by up to `zoom` around 1, resized to `size`."
     def __init__(self, size: int, shift: float, zoom: float):
@@ -165,7 +165,7 @@ class WanderingCrop(v2.Transform):
         if pad: inpt = F.pad(inpt, [pad]*4, padding_mode="reflect")
         return F.resized_crop(inpt, params["top"] + pad, params["left"] + pad, window, window, [self.size, self.size], antialias=True)
 
-# %% ../nbs/19_clips.ipynb #7237df21
+# %% ../nbs/19_clips.ipynb #47eb3eb7
 def make_augmentation(
     params: AugmentParams,
     image_size: int,  # side of the result
@@ -175,7 +175,7 @@ def make_augmentation(
     return v2.Compose([WanderingCrop(image_size, params.shift, params.zoom), v2.RandomHorizontalFlip(params.flip), v2.ColorJitter(c, c, c),
                        v2.RandomApply([v2.GaussianBlur(5, (0.3, 1.5))], params.blur), v2.RandomApply([v2.JPEG((50, 95))], params.jpeg)])
 
-# %% ../nbs/19_clips.ipynb #96c8bc14
+# %% ../nbs/19_clips.ipynb #8bb4c2f3
 class ClipDataset(Dataset):
     "Clips of a store as tensors. Item: `clip` (T, 3, H, W) float32, `mask` (T, H, W) float32 0/1, `label` int, `index` int, `mask_known` bool (false: a fake without a mask video)."
     def __init__(
@@ -186,11 +186,12 @@ class ClipDataset(Dataset):
         image_size: int,                        # H and W
         augment: AugmentParams | None = None,   # None: the middle frames of the stretches, no augmentation
         seed: int = 0,
+        side_at: Callable[[int], int] | None = None,  # epoch -> side of its augmented frames; `image_size` by default
     ):
         self.store, self.frames, self.image_size, self.seed, self.epoch = store, frames, image_size, seed, 0
         self.clip_ids, self.counts, self.labels = clips.clip_id.tolist(), clips.n_frames.tolist(), clips.label.astype(int).tolist()
         self.mask_known = (clips.has_mask | (clips.label == 0)).tolist()
-        self.augment = make_augmentation(augment, image_size) if augment else None
+        self.augment, self.side_at = augment, side_at
 
     def __len__(self) -> int: return len(self.clip_ids)
 
@@ -213,10 +214,11 @@ class ClipDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, i]).generate_state(1)[0]))
             frames, masks = self.store.read(self.clip_ids[i], sample_positions(self.counts[i], self.frames, torch.rand(()).item()))
-            video, masks = self.augment(_as_video(frames), tv_tensors.Mask(torch.from_numpy(masks)))
+            augment = make_augmentation(self.augment, self.side_at(epoch) if self.side_at else self.image_size)
+            video, masks = augment(_as_video(frames), tv_tensors.Mask(torch.from_numpy(masks)))
         return _normalise(video), masks
 
-# %% ../nbs/19_clips.ipynb #cba6a694
+# %% ../nbs/19_clips.ipynb #4c1ab1dc
 def _draw(groups: list[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray:
     "`count` members, evenly over the groups, in random order; inside a group none is repeated before all were drawn."
     shares = np.full(len(groups), count // len(groups))

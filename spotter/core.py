@@ -7,7 +7,7 @@ __all__ = ['find_root', 'Section', 'DataParams', 'FaceParams', 'ClipParams', 'Au
            'EvaluateParams', 'Params', 'load_params', 'apply_overlay', 'seed_everything', 'has_bf16',
            'resolve_precision', 'autocast', 'progress']
 
-# %% ../nbs/00_core.ipynb #b352a191
+# %% ../nbs/00_core.ipynb #b4689404
 import os, random
 from contextlib import nullcontext
 from functools import lru_cache
@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from tqdm import tqdm as plain_tqdm
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_core.ipynb #3040a5e2
+# %% ../nbs/00_core.ipynb #f1c190f0
 def find_root(
     start: str | Path | None = None,  # folder to start from; the working directory by default
 ) -> Path:  # the nearest folder at or above `start` that holds `params.yaml`
@@ -32,7 +32,7 @@ def find_root(
         if (folder/"params.yaml").is_file(): return folder
     raise FileNotFoundError(f"no params.yaml in {start} or above it: run this inside a Spotter checkout")
 
-# %% ../nbs/00_core.ipynb #b8ed998d
+# %% ../nbs/00_core.ipynb #83b33f5f
 class Section(BaseModel):
     "A section of `params.yaml`: no unknown keys, no silent conversion, no later change."
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -52,10 +52,11 @@ class FaceParams(Section):
     size: int = Field(ge=32)                       # side of a stored crop in pixels
     frames: int = Field(ge=1)                      # stored frames of a clip, evenly spaced over it
 
-# %% ../nbs/00_core.ipynb #0020db34
+# %% ../nbs/00_core.ipynb #000d799f
 class ClipParams(Section):
-    "What the network sees of a clip, in training and in testing alike."
-    frames: int = Field(ge=1)                      # frames T of a clip, evenly spaced
+    "What the network sees of a clip: T frames, evenly spaced."
+    frames: int = Field(ge=1)                      # in training
+    eval_frames: int = Field(ge=1)                 # when verdicts and heatmaps are made
 
 class AugmentParams(Section):
     "Chances and ranges of the training augmentations; each is drawn once for a clip."
@@ -66,7 +67,7 @@ class AugmentParams(Section):
     blur: float = Field(ge=0, le=1)                # chance of a Gaussian blur
     jpeg: float = Field(ge=0, le=1)                # chance of a JPEG pass at quality 50 to 95
 
-# %% ../nbs/00_core.ipynb #d887bb98
+# %% ../nbs/00_core.ipynb #b523c537
 class TrainParams(Section):
     "The training recipe that all arms share."
     precision: Literal["auto", "fp32", "bf16"]     # auto: bf16 autocast where the processor has it
@@ -76,6 +77,8 @@ class TrainParams(Section):
     backbone_rate: float = Field(gt=0)             # learning rate of the backbone over that of the head
     focal_gamma: float = Field(ge=0)               # 0 is weighted cross-entropy
     mask_loss: float = Field(ge=0)                 # weight of the mask's loss; without effect on an arm without a pyramid
+    start_size: float = Field(gt=0, le=1)          # side of the frames in the first epoch, over the arm's image_size
+    grow_epochs: int = Field(ge=0)                 # epochs until the frames have their full size
     weight_decay: float = Field(ge=0)              # of AdamW
     warmup_steps: int = Field(ge=0)                # optimiser steps of linear warm-up
     restart_epochs: int = Field(ge=1)              # T_0 of the cosine schedule with warm restarts
@@ -86,7 +89,7 @@ class TrainParams(Section):
     workers: int = Field(ge=0)                     # processes that load clips
     augment: AugmentParams
 
-# %% ../nbs/00_core.ipynb #c28133b4
+# %% ../nbs/00_core.ipynb #bbc84812
 class ArmParams(Section):
     "What makes an arm of the comparison."
     backbone: Literal["efficientnet-b0", "efficientnet-b3"]
@@ -114,7 +117,7 @@ class Params(Section):
     arms: dict[str, ArmParams]
     evaluate: EvaluateParams
 
-# %% ../nbs/00_core.ipynb #e8804cd4
+# %% ../nbs/00_core.ipynb #2cc6ca5e
 def load_params(
     path: str | Path | None = None,  # by default the project's `params.yaml`
 ) -> Params:  # checked and immutable
@@ -132,7 +135,7 @@ def _explain(problem: dict) -> str:
     hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(problem["input"], str) and "number" in problem["msg"] else ""
     return f"{problem['msg']}, got {problem['input']!r}{hint}"
 
-# %% ../nbs/00_core.ipynb #563f731c
+# %% ../nbs/00_core.ipynb #3e16fdd0
 def apply_overlay(
     overlay: str | Path,              # YAML with some of the settings, relative to the project
     path: str | Path | None = None,   # by default the project's `params.yaml`
@@ -155,7 +158,7 @@ def _merge(settings: dict, values: dict, prefix: str = "") -> list[str]:
         elif settings.get(key) != value: settings[key] = value; changed.append(f"{prefix}{key}")
     return changed
 
-# %% ../nbs/00_core.ipynb #1b0e33f5
+# %% ../nbs/00_core.ipynb #73149fba
 def seed_everything(
     seed: int,               # for Python, NumPy and torch
     threads: int | None = None,  # of torch; unchanged by default
@@ -166,7 +169,7 @@ def seed_everything(
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# %% ../nbs/00_core.ipynb #9defaebf
+# %% ../nbs/00_core.ipynb #c1b0c29a
 def has_bf16(device: str | torch.device = "cpu") -> bool:
     "Whether `device` multiplies bf16 in hardware."
     if torch.device(device).type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -188,7 +191,7 @@ def autocast(
     bf16 = resolve_precision(precision, device) == "bf16"
     return torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext()
 
-# %% ../nbs/00_core.ipynb #7c8062d7
+# %% ../nbs/00_core.ipynb #5471d1a0
 def progress(iterable=None, **kwargs) -> tqdm:
     "A tqdm bar: in the notebook, on the terminal only when a DVC stage runs, and none under nbdev's tests."
     if "DVC_STAGE" in os.environ: kwargs |= dict(file=_terminal(), disable=_terminal() is None)

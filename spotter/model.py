@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pool_over_time', 'make_classifier', 'TemporalCNN_GRU']
 
-# %% ../nbs/22_model.ipynb #5fd5c00f
+# %% ../nbs/22_model.ipynb #2e959b72
 import warnings
 
 import torch
@@ -15,14 +15,14 @@ from torch import nn
 from .attention import SpatialAttentionModule
 from .pyramid import BACKBONES, MultiScaleFeatureExtractor, SCALES
 
-# %% ../nbs/22_model.ipynb #c1fc4fb2
+# %% ../nbs/22_model.ipynb #969dbeb8
 def pool_over_time(
     temporal: torch.Tensor,  # (B, T, D)
 ) -> torch.Tensor:  # (B, 2·D)
     "Mean and maximum over the time steps, side by side."
     return torch.cat([temporal.mean(1), temporal.amax(1)], 1)
 
-# %% ../nbs/22_model.ipynb #68c3fbf8
+# %% ../nbs/22_model.ipynb #4d4d9d85
 def make_classifier(
     in_features: int,      # of the clip's descriptor
     num_classes: int = 2,  # class 0 is real, class 1 is fake
@@ -32,7 +32,7 @@ def make_classifier(
     return nn.Sequential(nn.Linear(in_features, 512), nn.ReLU(), nn.Dropout(dropout),
                          nn.Linear(512, 128), nn.ReLU(), nn.Dropout(dropout), nn.Linear(128, num_classes))
 
-# %% ../nbs/22_model.ipynb #31f885d7
+# %% ../nbs/22_model.ipynb #838f3619
 class TemporalCNN_GRU(nn.Module):
     "Deepfake classifier of clips: EfficientNet, optional feature pyramid and attention, bidirectional GRU, MLP."
     def __init__(self,
@@ -48,6 +48,7 @@ class TemporalCNN_GRU(nn.Module):
         self.config = dict(num_classes=num_classes, hidden_size=hidden_size, backbone=backbone,
                            use_multiscale=use_multiscale, use_attention=use_attention)
         self.image_size, self.temperature, self.threshold = BACKBONES[backbone].image_size, 1.0, 0.5
+        self.heatmap_constants, self.heatmap_threshold = None, None
         self.feature_extractor = MultiScaleFeatureExtractor(backbone, use_multiscale, pretrained)
         self.feature_dim = self.feature_extractor.feature_dim
         self.spatial_attention = SpatialAttentionModule(self.feature_dim) if use_attention else None
@@ -59,7 +60,7 @@ class TemporalCNN_GRU(nn.Module):
         if freeze_backbone: self.freeze()
         self.to(memory_format=torch.channels_last)
 
-# %% ../nbs/22_model.ipynb #68e6807c
+# %% ../nbs/22_model.ipynb #3f288927
 @patch
 def embed_frames(self: TemporalCNN_GRU,
     x: torch.Tensor,  # (B, T, 3, H, W), ImageNet-normalised
@@ -70,7 +71,7 @@ def embed_frames(self: TemporalCNN_GRU,
     per_clip = [None if m is None else m[:, 0].unflatten(0, x.shape[:2]) for m in (attention, mask)]
     return features.mean((2, 3)).unflatten(0, x.shape[:2]), *per_clip
 
-# %% ../nbs/22_model.ipynb #e91f0788
+# %% ../nbs/22_model.ipynb #89039a71
 @patch
 def forward(self: TemporalCNN_GRU,
     x: torch.Tensor,  # (B, T, 3, H, W), ImageNet-normalised
@@ -88,7 +89,7 @@ def forward(self: TemporalCNN_GRU,
     extra = [temporal] * return_temporal + [attention] * return_attention + [mask] * return_mask
     return (logits, *extra) if extra else logits
 
-# %% ../nbs/22_model.ipynb #7df06c2b
+# %% ../nbs/22_model.ipynb #a998e137
 @patch
 def get_multiscale_layers(self: TemporalCNN_GRU) -> dict[str, nn.Module]:  # "fine", "mid", "semantic" → module
     "The modules whose outputs are the maps at strides 8, 16 and 32."
@@ -96,7 +97,7 @@ def get_multiscale_layers(self: TemporalCNN_GRU) -> dict[str, nn.Module]:  # "fi
     if extractor.pyramid is not None: return dict(extractor.pyramid.output.items())
     return {name: extractor.net.get_submodule(stage["module"]) for name, stage in extractor.stages.items()}
 
-# %% ../nbs/22_model.ipynb #c152b13d
+# %% ../nbs/22_model.ipynb #7c2375c2
 @patch
 def freeze(self: TemporalCNN_GRU,
     trainable_blocks: int = 3,  # of the backbone's MBConv blocks, the last ones that go on training
@@ -115,7 +116,7 @@ def unfreeze(self: TemporalCNN_GRU):
     self._frozen = []
     self.train(self.training)
 
-# %% ../nbs/22_model.ipynb #2f3b6e9f
+# %% ../nbs/22_model.ipynb #e185649e
 @patch
 def train(self: TemporalCNN_GRU, mode: bool = True) -> TemporalCNN_GRU:
     "As `nn.Module.train`, but frozen blocks stay in eval mode."

@@ -32,7 +32,7 @@ from .scenes import Actor, Camera, Stage, assemble, background, develop, head_mo
 from .video import read_frames, sample_positions, write_video
 
 # %% ../nbs/15_synth.ipynb #567b8401
-VERSION = 2   # counted up by every change of the procedure that changes the clips; the datasheet has the log
+VERSION = 3   # counted up by every change of the procedure that changes the clips; the datasheet has the log
 
 @dataclass(frozen=True)
 class Settings:

@@ -32,7 +32,7 @@ def corpus(sources=("a", "b"), pairs=8, seed=0):
         hard = rng.normal(0, .1)
         for (t, s), m in itertools.product([(f"{2*k:03d}", f"{2*k + 1:03d}"), (f"{2*k + 1:03d}", f"{2*k:03d}")], ("Deepfakes", "NeuralTextures")):
             clip = dict(clip_id=f"{m}/{t}_{s}", label=1, method=m, strength=("hard", "obvious")[k % 2], target_id=t, source_id=s)
-            rows += [dict(source=n, **clip, frames=4, frames_without_mask=0) | {f: .5 + hard - .05*i + rng.normal(0, .03) for f in L.SCORES} for i, n in enumerate(sources)]
+            rows += [dict(source=n, **clip, frames=4, frames_without_mask=0) | {f: .5 + hard - .05*i + rng.normal(0, .03) for f in M.SCORES} for i, n in enumerate(sources)]
     return pd.DataFrame(rows)
 
 
@@ -40,8 +40,8 @@ def corpus(sources=("a", "b"), pairs=8, seed=0):
 @pytest.mark.parametrize("cells", [7, 10, 14, 28, 38, 75])
 def test_ranks_against_scikit_learn(cells, ties):
     maps, masks = maps_and_masks(cells, cells=cells, ties=ties)
-    h, m = L.on_common_grid(maps, masks)
-    found = L.frame_scores(maps, masks)
+    h, m = M.on_common_grid(maps, masks)
+    found = M.frame_scores(maps, masks)
     assert h.shape == (12, 56*56)
     assert found.average_precision.tolist() == pytest.approx([average_precision_score(a, b) for a, b in zip(m, h)], abs=1e-12)
     assert found.auroc.tolist() == pytest.approx([roc_auc_score(a, b) for a, b in zip(m, h)], abs=1e-12)
@@ -52,15 +52,15 @@ def test_ties_count_with_their_expectation():
     values, hits = np.array([3, 2, 2, 2, 1, 1.]), np.array([0, 1, 0, 1, 1, 0], bool)
     orders = [o for o in itertools.permutations(range(6)) if (np.diff(values[list(o)]) <= 0).all()]
     top = np.mean([hits[list(o)[:3]].mean() for o in orders])
-    found = L.rank_scores(values[None], hits[None])
+    found = M.rank_scores(values[None], hits[None])
     assert found["rank_accuracy"][0] == pytest.approx(top)
     assert found["iou_at_area"][0] == pytest.approx(3*top/(6 - 3*top))
 
 
 @pytest.mark.parametrize("cells", [7, 14, 38])
 def test_rank_accuracy_and_its_iou_by_sorting(cells):
-    h, m = L.on_common_grid(*maps_and_masks(1, cells=cells))
-    found = L.rank_scores(h, m)
+    h, m = M.on_common_grid(*maps_and_masks(1, cells=cells))
+    found = M.rank_scores(h, m)
     for k, (values, mask) in enumerate(zip(h, m)):
         lit = np.zeros_like(mask)
         lit[np.argsort(-values)[:mask.sum()]] = True
@@ -71,31 +71,31 @@ def test_rank_accuracy_and_its_iou_by_sorting(cells):
 def test_grid():
     rng = np.random.default_rng(0)
     maps = rng.random((3, 7, 7)).astype(np.float32)
-    assert L.on_grid(maps, (56, 56)) == pytest.approx(np.stack([cv2.resize(m, (56, 56), interpolation=cv2.INTER_LINEAR) for m in maps]), abs=1e-6)
+    assert M.on_grid(maps, (56, 56)) == pytest.approx(np.stack([cv2.resize(m, (56, 56), interpolation=cv2.INTER_LINEAR) for m in maps]), abs=1e-6)
     masks = rng.random((3, 224, 224)) < .5
-    assert L.on_grid(masks, (56, 56)) == pytest.approx(masks.reshape(3, 56, 4, 56, 4).mean((2, 4)), abs=1e-6)
-    assert L.on_common_grid(maps, masks)[1].tolist() == (masks.reshape(3, 56, 4, 56, 4).sum((2, 4)) >= 8).reshape(3, -1).tolist()
-    assert L.on_common_grid(maps, masks[:, :20, :30])[0].shape == (3, 600)                             # no finer than the mask
-    for constant in (.1, .3, 1/3, .7): assert len(np.unique(L.on_grid(np.full((1, 38, 38), constant, np.float32), (56, 56)))) == 1
+    assert M.on_grid(masks, (56, 56)) == pytest.approx(masks.reshape(3, 56, 4, 56, 4).mean((2, 4)), abs=1e-6)
+    assert M.on_common_grid(maps, masks)[1].tolist() == (masks.reshape(3, 56, 4, 56, 4).sum((2, 4)) >= 8).reshape(3, -1).tolist()
+    assert M.on_common_grid(maps, masks[:, :20, :30])[0].shape == (3, 600)                             # no finer than the mask
+    for constant in (.1, .3, 1/3, .7): assert len(np.unique(M.on_grid(np.full((1, 38, 38), constant, np.float32), (56, 56)))) == 1
 
 
 def test_scores_do_not_depend_on_the_scale_of_a_map():
     maps, masks = maps_and_masks(2)
-    scaled = L.frame_scores(4*maps, masks, 2.)
-    assert scaled.to_numpy() == pytest.approx(L.frame_scores(maps, masks, .5).to_numpy(), abs=1e-6)
+    scaled = M.frame_scores(4*maps, masks, 2.)
+    assert scaled.to_numpy() == pytest.approx(M.frame_scores(maps, masks, .5).to_numpy(), abs=1e-6)
 
 
 def test_perfect_and_hopeless_maps():
     masks = maps_and_masks(3)[1]
     for map_, expected in ((masks*1., 1), (1. - masks, 0)):
-        found = L.frame_scores(map_, masks, .5, grid=90)
+        found = M.frame_scores(map_, masks, .5, grid=90)
         for name in ("pointing", "energy", "auroc", "iou"): assert found[name].tolist() == [expected]*12
-    assert (L.frame_scores(masks*1., masks, .5, grid=90)[list(L.SCORES)] == 1).all(axis=None)
+    assert (M.frame_scores(masks*1., masks, .5, grid=90)[list(M.SCORES)] == 1).all(axis=None)
 
 
 def test_a_map_of_zeros_points_nowhere():
     masks = maps_and_masks(3)[1]
-    found = L.frame_scores(np.zeros((12, 7, 7)), masks, .01)
+    found = M.frame_scores(np.zeros((12, 7, 7)), masks, .01)
     for name in ("pointing", "energy", "iou"): assert (found[name] == 0).all()
     assert (found.auroc == .5).all() and found.average_precision.tolist() == pytest.approx(found.mask_share.tolist())
 
@@ -104,14 +104,14 @@ def test_pointing_game_looks_at_the_centre_of_the_highest_cell():
     maps, mask = np.zeros((4, 7, 7)), np.zeros((4, 70, 70), bool)
     mask[:, 30:40, 30:40] = True                                           # the cell in the middle
     maps[0, 3, 3], maps[1, 3, 4], maps[2, 3, 3:5] = 1, 1, 1
-    assert L.pointing_game(maps, mask).tolist() == [1, 0, .5, 0]
-    assert L.pointing_game(L.centre_maps(4), mask).tolist() == [1]*4
+    assert M.pointing_game(maps, mask).tolist() == [1, 0, .5, 0]
+    assert M.pointing_game(L.centre_maps(4), mask).tolist() == [1]*4
 
 
 @pytest.mark.parametrize("cells", [7, 14, 28])
 def test_noise_points_evenly(cells):
     rng = np.random.default_rng(0)
-    hits = L.pointing_game(rng.random((2000, cells, cells)), np.broadcast_to(np.arange(112)[:, None] < 56, (2000, 112, 112)))
+    hits = M.pointing_game(rng.random((2000, cells, cells)), np.broadcast_to(np.arange(112)[:, None] < 56, (2000, 112, 112)))
     assert hits.mean() == pytest.approx((np.arange(cells) + .5 < cells/2).mean(), abs=.05)
 
 
@@ -119,59 +119,59 @@ def test_frames_without_a_mask_are_left_out_and_counted():
     maps, masks = maps_and_masks(4)
     some = masks.copy()
     some[[2, 7]] = False
-    table, found = L.frame_scores(maps, some, .5), L.localisation_metrics(maps, some, .5)
+    table, found = M.frame_scores(maps, some, .5), M.localisation_metrics(maps, some, .5)
     assert table.isna().any(axis=1).to_numpy().nonzero()[0].tolist() == [2, 7]
     rest = [k for k in range(12) if k not in (2, 7)]
-    expected = L.localisation_metrics(maps[rest], masks[rest], .5)
+    expected = M.localisation_metrics(maps[rest], masks[rest], .5)
     assert found == pytest.approx(expected | dict(frames_without_mask=2))
-    unseen = L.localisation_metrics(maps, 0*masks, .5)
-    assert (unseen["frames"], unseen["frames_without_mask"]) == (0, 12) and all(math.isnan(unseen[k]) for k in L.SCORES)
-    full = L.localisation_metrics(maps, np.ones_like(masks), .01)
+    unseen = M.localisation_metrics(maps, 0*masks, .5)
+    assert (unseen["frames"], unseen["frames_without_mask"]) == (0, 12) and all(math.isnan(unseen[k]) for k in M.SCORES)
+    full = M.localisation_metrics(maps, np.ones_like(masks), .01)
     assert math.isnan(full["auroc"]) and full["average_precision"] == full["energy"] == full["pointing"] == 1
 
 
 def test_a_score_without_a_threshold_is_not_guessed():
-    found = L.localisation_metrics(*maps_and_masks(0))
-    assert math.isnan(found["iou"]) and [k for k in found if k in L.SCORES] == list(L.SCORES)
+    found = M.localisation_metrics(*maps_and_masks(0))
+    assert math.isnan(found["iou"]) and [k for k in found if k in M.SCORES] == list(M.SCORES)
 
 
 def test_tensors_are_taken_as_they_are():
     maps, masks = maps_and_masks(5)
-    assert L.localisation_metrics(torch.tensor(maps), torch.tensor(masks), .5) == L.localisation_metrics(maps, masks, .5)
+    assert M.localisation_metrics(torch.tensor(maps), torch.tensor(masks), .5) == M.localisation_metrics(maps, masks, .5)
 
 
 @pytest.mark.parametrize("heatmaps, masks, message", [
     (np.ones((2, 7, 7)), np.ones((3, 9, 9), bool), "same frames"), (np.ones((7, 7)), np.ones((9, 9), bool), "same frames"), (np.ones((0, 7, 7)), np.ones((0, 9, 9), bool), "same frames"),
     (np.full((1, 7, 7), np.inf), np.ones((1, 9, 9), bool), "finite"), (-np.ones((1, 7, 7)), np.ones((1, 9, 9), bool), "at least 0"), (np.ones((1, 7, 7)), np.full((1, 9, 9), .4), "bool or 0/1")])
 def test_what_cannot_be_scored_is_refused(heatmaps, masks, message):
-    with pytest.raises(ValueError, match=message): L.localisation_metrics(heatmaps, masks)
+    with pytest.raises(ValueError, match=message): M.localisation_metrics(heatmaps, masks)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_threshold_against_trying_them_all(seed):
     maps, masks = maps_and_masks(seed, frames=6)
-    h, m = L.on_common_grid(maps, masks)
-    tried = max(L.value_scores(h, m, t)["iou"].mean() for t in np.quantile(h, np.linspace(0, 1, 1000)))
-    chosen = L.choose_iou_threshold(maps, masks)
-    assert chosen > 0 and L.localisation_metrics(maps, masks, chosen)["iou"] == pytest.approx(tried, abs=.005)
+    h, m = M.on_common_grid(maps, masks)
+    tried = max(M.value_scores(h, m, t)["iou"].mean() for t in np.quantile(h, np.linspace(0, 1, 1000)))
+    chosen = M.choose_iou_threshold(maps, masks)
+    assert chosen > 0 and M.localisation_metrics(maps, masks, chosen)["iou"] == pytest.approx(tried, abs=.005)
     sparse = np.concatenate([masks, np.zeros_like(masks)])
-    assert L.choose_iou_threshold(np.concatenate([maps, maps]), sparse) == chosen                      # frames without a mask have no say
+    assert M.choose_iou_threshold(np.concatenate([maps, maps]), sparse) == chosen                      # frames without a mask have no say
 
 
 def test_lit_share():
     maps = np.stack([np.zeros((8, 8)), np.ones((8, 8)), np.tile([1, 0], (8, 4))]).astype(float)
-    assert L.lit_share(maps, .5, grid=8).tolist() == [0, 1, .5]
+    assert M.lit_share(maps, .5, grid=8).tolist() == [0, 1, .5]
     region = np.zeros((8, 8), bool)
     region[:, :1] = True
-    assert L.lit_share(maps, .5, region, grid=8).tolist() == [0, 1, 1]
-    assert L.lit_share(np.zeros((2, 7, 7)), L.choose_iou_threshold(*maps_and_masks(0))).tolist() == [0, 0]
+    assert M.lit_share(maps, .5, region, grid=8).tolist() == [0, 1, 1]
+    assert M.lit_share(np.zeros((2, 7, 7)), M.choose_iou_threshold(*maps_and_masks(0))).tolist() == [0, 0]
 
 
 def test_references():
     masks = maps_and_masks(6)[1]
-    assert L.frame_scores(L.centre_maps(12), masks).average_precision.tolist() == pytest.approx(pixel_ap(centre_prior(56), L.on_common_grid(L.centre_maps(12), masks)[1].reshape(12, 56, 56)))
-    assert L.mean_face(masks) == pytest.approx(L.on_grid(masks, (56, 56)).mean(0)) and L.face_maps(3, L.mean_face(masks)).shape == (3, 56, 56)
-    noise = L.frame_scores(L.noise_maps(12, 0), masks)
+    assert M.frame_scores(L.centre_maps(12), masks).average_precision.tolist() == pytest.approx(pixel_ap(centre_prior(56), M.on_common_grid(L.centre_maps(12), masks)[1].reshape(12, 56, 56)))
+    assert L.mean_face(masks) == pytest.approx(M.on_grid(masks, (56, 56)).mean(0)) and L.face_maps(3, L.mean_face(masks)).shape == (3, 56, 56)
+    noise = M.frame_scores(L.noise_maps(12, 0), masks)
     assert noise.auroc.mean() == pytest.approx(.5, abs=.03) and noise.energy.mean() == pytest.approx(noise.mask_share.mean(), abs=.02)
     assert (L.noise_maps(2, [0, 1]) != L.noise_maps(2, [0, 2])).any() and (L.noise_maps(2, [0, 1]) == L.noise_maps(2, [0, 1])).all()
 
@@ -181,8 +181,8 @@ def test_table_is_the_bootstrap_of_spotter_metrics():
     table = L.localisation_table(scores, 200, 3).set_index(["by", "group", "source", "score"])
     for column, group, rows in [("all", "all", scores), ("method", "Deepfakes", scores[scores.method == "Deepfakes"]), ("strength", "hard", scores[scores.strength == "hard"])]:
         for source in ("a", "b"):
-            expected = M.bootstrap_intervals(rows[rows.source == source], lambda t: {k: t[k].mean() for k in L.SCORES}, 200, 3)
-            for score in L.SCORES: assert table.loc[(column, group, source, score), ["value", "lo", "hi"]].tolist() == pytest.approx(list(expected[score].values()))
+            expected = M.bootstrap_intervals(rows[rows.source == source], lambda t: {k: t[k].mean() for k in M.SCORES}, 200, 3)
+            for score in M.SCORES: assert table.loc[(column, group, source, score), ["value", "lo", "hi"]].tolist() == pytest.approx(list(expected[score].values()))
     assert len(table) == 5*2*7
 
 
@@ -190,8 +190,8 @@ def test_gains_are_paired():
     scores = corpus()
     a, b = (scores[scores.source == n] for n in "ab")
     found = L.gains(scores.sample(frac=1, random_state=0), "a", "b", 200, 3)
-    expected = M.paired_differences(a, b, lambda t: {k: t[k].mean() for k in L.SCORES}, 200, 3)
-    for score in L.SCORES:
+    expected = M.paired_differences(a, b, lambda t: {k: t[k].mean() for k in M.SCORES}, 200, 3)
+    for score in M.SCORES:
         assert found.loc[score, ["difference", "difference_lo", "difference_hi"]].tolist() == pytest.approx(list(expected[score].values()))
         assert found.loc[score, "relative"] == pytest.approx(a[score].mean()/b[score].mean() - 1)
         alone = L.localisation_table(scores, 200, 3).query("by == 'all' and source == 'a' and score == @score").iloc[0]
@@ -201,7 +201,7 @@ def test_gains_are_paired():
 def test_what_is_undefined_stays_so():
     scores = corpus()
     scores["iou"] = np.nan
-    scores.loc[scores.clip_id == "Deepfakes/000_001", list(L.SCORES)] = np.nan                         # a clip whose mask is never in sight
+    scores.loc[scores.clip_id == "Deepfakes/000_001", list(M.SCORES)] = np.nan                         # a clip whose mask is never in sight
     table = L.localisation_table(scores, 50)
     assert table[table.score == "iou"].value.isna().all() and table[table.score == "auroc"][["value", "lo", "hi"]].notna().all(axis=None)
     assert L.gains(scores, "a", "b", 50).loc["iou"].isna().all()
@@ -220,7 +220,7 @@ def test_summary_goes_into_a_metrics_file(tmp_path):
     table = L.localisation_table(corpus(), 50)
     summary = L.localisation_summary(table)
     M.write_json(tmp_path/"b0.json", dict(localisation=summary))
-    assert list(summary["b"]) == [*L.SCORES, "clips", "per_method", "per_strength"] and summary["b"]["per_strength"]["hard"]["clips"] == 16
+    assert list(summary["b"]) == [*M.SCORES, "clips", "per_method", "per_strength"] and summary["b"]["per_strength"]["hard"]["clips"] == 16
     row = table.query("source == 'b' and by == 'method' and group == 'NeuralTextures' and score == 'iou'").iloc[0]
     assert summary["b"]["per_method"]["NeuralTextures"]["iou"] == dict(value=row.value, lo=row.lo, hi=row.hi)
 
@@ -256,7 +256,7 @@ def test_deletion_follows_the_map(fill, kind):
 
 def test_figures_draw_what_they_are_given():
     table = L.localisation_table(corpus(("fine", "mid", "semantic", "fused", "centre")), 20)
-    assert [a.get_title("left") for a in L.draw_localisation(table).axes if a.axison] == list(L.SCORES.values())
+    assert [a.get_title("left") for a in L.draw_localisation(table).axes if a.axison] == list(M.SCORES.values())
     by_method = L.draw_by_method(table)
     assert [t.get_text() for t in by_method.axes[0].get_yticklabels()] == ["all (32)", "Deepfakes (16)", "NeuralTextures (16)", "hard (16)", "obvious (16)"]
     frames, masks = np.full((3, 64, 64, 3), 99, np.uint8), np.zeros((3, 64, 64), bool)

@@ -34,8 +34,8 @@ def subset(source: Path, out: Path):
 def tiny(settings: dict) -> dict:
     "Settings of seconds."
     settings["faces"].update(size=96, frames=4)
-    settings["clips"]["frames"] = 2
-    settings["train"].update(workers=0, warmup_steps=0)
+    settings["clips"].update(frames=2, eval_frames=2)
+    settings["train"].update(workers=0, warmup_steps=0, grow_epochs=0)
     settings["evaluate"]["resamples"] = 50
     for arm in settings["arms"].values(): arm.update(image_size=64, batch_size=2, epochs=1, steps_per_epoch=2)
     return settings
@@ -65,9 +65,9 @@ def project(tmp_path_factory):
 def test_everything_is_there(project):
     for arm in ARMS:
         for name in (f"checkpoints/{arm}/best.safetensors", f"checkpoints/{arm}/last.safetensors", f"metrics/{arm}.json", f"metrics/predictions_{arm}.csv",
-                     f"metrics/training/{arm}/metrics.json", f"reports/train_{arm}.ipynb", f"reports/html/evaluate_{arm}.html"):
+                     f"metrics/training/{arm}/metrics.json", f"metrics/localisation_{arm}.csv", f"reports/heatmaps_{arm}.jpg", f"reports/train_{arm}.ipynb", f"reports/html/evaluate_{arm}.html"):
             assert (project/name).is_file(), name
-    for name in ("metrics/comparison.json", "metrics/excluded.csv", "metrics/audit.csv", "metrics/audit.json", "reports/html/audit.html", "reports/html/compare.html", "reports/html/prepare.html"): assert (project/name).is_file(), name
+    for name in ("metrics/comparison.json", "metrics/localisation.csv", "metrics/excluded.csv", "metrics/audit.csv", "metrics/audit.json", "reports/html/audit.html", "reports/html/compare.html", "reports/html/prepare.html"): assert (project/name).is_file(), name
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -78,6 +78,16 @@ def test_an_outsider_gets_the_same_figures(project, arm):
     assert figures["accuracy"]["value"] == pytest.approx(accuracy_score(table.label, table.prediction), abs=1e-6)
     assert (figures["real_recall"]["value"], figures["fake_recall"]["value"]) == pytest.approx(tuple(recalls), abs=1e-6)
     assert figures["auc"]["value"] == pytest.approx(roc_auc_score(table.label, table.p_fake), abs=1e-6)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_localisation_figures_are_those_of_the_table(project, arm):
+    table = pd.read_csv(project/"metrics"/f"localisation_{arm}.csv", dtype=dict(target_id=str, source_id=str))
+    figures = json.loads((project/"metrics"/f"{arm}.json").read_text())["localisation"]
+    for source, rows in table[table.label == 1].groupby("source"):
+        for score in ("average_precision", "pointing", "energy", "iou"): assert figures["maps"][source][score]["value"] == pytest.approx(rows[score].mean(), abs=2e-6), (source, score)
+    for source, rows in table[table.label == 0].groupby("source"): assert figures["lit_on_real"][source]["value"] == pytest.approx(rows.lit.mean(), abs=2e-6), source
+    assert {"fine", "mid", "semantic", "fused", "centre", "face", "noise", "random weights"} <= set(table.source) and ("mask head" in set(table.source)) == (arm != "b0_plain")
 
 
 def test_only_the_test_split_is_scored(project):

@@ -146,7 +146,7 @@ def settings(reference): return read_settings(reference)
 
 def test_the_tiny_set_is_complete(reference, settings):
     made = plan_manifest(settings)
-    assert settings == make_settings(fps=25, grades=GRADES, **TINY) and settings.version == 2
+    assert settings == make_settings(fps=25, grades=GRADES, **TINY) and settings.version == 3
     assert set(videos(reference)) == listed(made) == {f for files in jobs_of(settings) for f in files}
     for row in fakes_of(reference):
         fake, original, mask = paths(reference, row)
@@ -228,8 +228,8 @@ def test_other_settings_are_refused(reference):
 def test_a_set_of_another_version_is_refused(tmp_path):
     old = dict(pairs=[18, 5, 9], frames=16, fps=25, size=256, samples=16, grades=["obvious", "medium"], seed=0, crf=23, version=1)
     (tmp_path/"synth.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="version is 1, asked for 2"): synthesise(tmp_path)
-    with pytest.raises(ValueError, match="records version 1 of the procedure, this is version 2"): check_set(tmp_path)
+    with pytest.raises(ValueError, match="version is 1, asked for 3"): synthesise(tmp_path)
+    with pytest.raises(ValueError, match="records version 1 of the procedure, this is version 3"): check_set(tmp_path)
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path/"holiday.txt").touch()

@@ -1,0 +1,66 @@
+"""Verdict and fused heatmaps of a 24-frame clip against the verdict alone, and against pytorch-grad-cam over the same three layers.
+
+All sides run in turn in one process, so the ratios hold while the machine's speed drifts. pytorch-grad-cam runs as it comes: fp32, gradients for every weight.
+Speeds do not depend on what was learnt, so the networks have random weights.
+"""
+import statistics
+import time
+
+import torch
+import typer
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+
+from spotter.core import autocast, load_params, resolve_precision
+from spotter.gradcam import MultiScaleGradCAM
+from spotter.train import make_model
+
+
+class FramesAsBatch(nn.Module):
+    "A clip (T, 3, H, W) as pytorch-grad-cam wants it: the frames are the batch, the clip has one verdict."
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, frames): return self.model(frames[None])
+
+
+def verdict(model, clip, precision):
+    with torch.inference_mode(), autocast(precision): model(clip)
+
+
+def ours(model, clip, precision):
+    with MultiScaleGradCAM(model, precision=precision) as explainer: explainer.generate_heatmaps(clip)
+
+
+def theirs(model, clip):
+    with GradCAM(FramesAsBatch(model), list(model.get_multiscale_layers().values())) as explainer: explainer(clip[0], [ClassifierOutputTarget(1)])
+    model.zero_grad()
+
+
+def seconds(step, *args) -> float:
+    start = time.perf_counter(); step(*args)
+    return time.perf_counter() - start
+
+
+def measure(arm: str, frames: int, rounds: int):
+    "Print the two ratios from `rounds` rounds."
+    params = load_params()
+    torch.set_num_threads(params.threads)
+    precision, spec = resolve_precision(params.train.precision), params.arms[arm]
+    model = make_model(params, arm).eval()
+    clip = torch.randn(1, frames, 3, spec.image_size, spec.image_size)
+    sides = {"verdict": (verdict, model, clip, precision), "heatmaps": (ours, model, clip, precision), "pytorch-grad-cam": (theirs, model, clip)}
+    for step, *args in sides.values(): step(*args)
+    found = [{name: seconds(*side) for name, side in sides.items()} for _ in range(rounds)]
+    print(f"{arm}: {frames} frames, {spec.backbone} @{spec.image_size}, {precision}, {torch.get_num_threads()} threads")
+    for text, a, b in (("verdict and heatmaps / model(x)", "heatmaps", "verdict"), ("pytorch-grad-cam, fp32 / verdict and heatmaps", "pytorch-grad-cam", "heatmaps")):
+        ratios = [times[a]/times[b] for times in found]
+        print(f"  time of {text}: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; by default those with three scales"), frames: int = typer.Option(24, help="of the clip"),
+         rounds: int = typer.Option(5, help="how often each side is timed")):
+    "Print what heatmaps cost."
+    for arm in arms or [name for name, spec in load_params().arms.items() if spec.use_multiscale]: measure(arm, frames, rounds)
+
+
+if __name__ == "__main__": typer.run(main)
