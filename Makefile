@@ -6,7 +6,7 @@ export PYTHONWARNINGS = ignore
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 .DEFAULT_GOAL := help
-.PHONY: help repro test lab bench reference clean environment data
+.PHONY: help repro ablation test lab bench reference clean environment data
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,11 @@ data: environment
 
 repro: data  ## train, evaluate and compare all arms; reruns only what changed
 	$(RUN) dvc repro
+
+ablation: data  ## what the masks are worth, on validation clips; three more trainings, resumable
+	$(RUN) dvc repro --quiet train@b0
+	$(RUN) papermill nbs/stages/ablation.ipynb reports/ablation.ipynb
+	$(RUN) spotter tidy-report reports/ablation.ipynb
 
 test: data  ## notebooks against package, every library notebook, pytest
 	$(RUN) pytest tests/test_notebooks.py

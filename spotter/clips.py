@@ -199,9 +199,9 @@ class ClipDataset(Dataset):
         "Epoch of items that are asked for by a plain index."
         self.epoch = epoch
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        epoch, i = key if isinstance(key, tuple) else (self.epoch, key)
-        clip, mask = self._augmented(epoch, i) if self.augment else self._plain(i)
+    def __getitem__(self, key: int | tuple[int, int, int]) -> dict:
+        epoch, turn, i = key if isinstance(key, tuple) else (self.epoch, 0, key)
+        clip, mask = self._augmented(epoch, turn, i) if self.augment else self._plain(i)
         return dict(clip=clip, mask=mask.as_subclass(torch.Tensor).float(), label=self.labels[i], index=i, mask_known=self.mask_known[i])
 
     def _plain(self, i: int):
@@ -209,10 +209,10 @@ class ClipDataset(Dataset):
         frames, masks = self.store.read(self.clip_ids[i], sample_positions(self.counts[i], self.frames))
         return to_input(frames, self.image_size), F.resize(tv_tensors.Mask(torch.from_numpy(masks)), [self.image_size, self.image_size])
 
-    def _augmented(self, epoch: int, i: int):
-        "What (seed, epoch, i) draws; the global generator is left as it was."
+    def _augmented(self, epoch: int, turn: int, i: int):
+        "What (seed, epoch, turn, i) draws; the global generator is left as it was."
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, i]).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, turn, i]).generate_state(1)[0]))
             frames, masks = self.store.read(self.clip_ids[i], sample_positions(self.counts[i], self.frames, torch.rand(()).item()))
             augment = make_augmentation(self.augment, self.side_at(epoch) if self.side_at else self.image_size)
             video, masks = augment(_as_video(frames), tv_tensors.Mask(torch.from_numpy(masks)))
@@ -227,7 +227,7 @@ def _draw(groups: list[np.ndarray], count: int, rng: np.random.Generator) -> np.
     return rng.permutation(np.concatenate(drawn)) if drawn else np.empty(0, int)
 
 class BalancedSampler(Sampler):
-    "Yields `(epoch, index)` pairs for `ClipDataset`: half real, half fake, fakes evenly over methods. A function of seed and epoch alone."
+    "Yields `(epoch, turn, index)` for `ClipDataset`, where turn counts the draws of an epoch: half real, half fake, fakes evenly over methods. A function of seed and epoch alone."
     def __init__(
         self,
         labels,                     # (n,) 0 real, 1 fake
@@ -248,9 +248,9 @@ class BalancedSampler(Sampler):
         "To be called before each epoch (accelerate's loaders do it by themselves, counting from 0)."
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         rng = np.random.default_rng([self.seed, self.epoch])
         half = math.ceil(self.length / 2)
         turns = np.stack([_draw(g, half, rng) for g in self.groups], 1)
         turns = rng.permuted(turns, axis=1)  # which of the two comes first
-        return iter([(self.epoch, int(i)) for i in turns.ravel()[:self.length]])
+        return iter([(self.epoch, turn, int(i)) for turn, i in enumerate(turns.ravel()[:self.length])])

@@ -386,8 +386,7 @@ def draw_evidence(
     "Frames, true masks and heatmaps of a clip over time, with the outline of the mask on each; the AP of the frame stands in the corner of a map."
     masks = np.zeros(frames.shape[:3], bool) if masks is None else np.asarray(masks).astype(bool)
     rows = {"frame": frames, "true mask": overlay(frames, masks*0.)} | {name: overlay(frames, m) for name, m in maps.items()}
-    figure, axes = plt.subplots(len(rows), len(frames), figsize=(size*len(frames) + 1.4, size*len(rows) + .5), layout="constrained", squeeze=False)
-    figure.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.01, hspace=.01)
+    figure, axes = _tiles(len(rows), len(frames), size, .2*(1 + max((t.count("\n") + 1 for t in titles or []), default=0)) + .15*bool(title))
     for line, (name, pictures) in zip(axes, rows.items()):
         for ax, picture, mask in zip(line, pictures, masks):
             ax.imshow(picture); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
@@ -396,8 +395,15 @@ def draw_evidence(
     for name, line in zip(maps, axes[2:]): _note_scores(line, maps[name], masks)
     for ax, text in zip(axes[0], titles or []): ax.set_title(text, fontsize="small", loc="center")
     _scale(figure, axes)
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title, fontsize="medium", y=1 - .08/figure.get_figheight(), va="top")
     return figure
+
+def _tiles(lines: int, columns: int, size: float, above: float) -> tuple[Figure, np.ndarray]:
+    "Axes of `size` inches each, with `above` inches for titles; a constrained layout would take seconds to find the same places."
+    left, right, below = 1., .85, .1
+    width, height = size*columns + left + right, size*lines + above + below
+    places = dict(left=left/width, right=1 - right/width, bottom=below/height, top=1 - above/height, wspace=.04, hspace=.04)
+    return plt.subplots(lines, columns, figsize=(width, height), squeeze=False, gridspec_kw=places)
 
 def _row_name(name: str, maps: dict, manipulated: bool) -> str:
     "Text beside a row: with the map's own resolution, and where the mask is empty, that it is."
@@ -417,7 +423,9 @@ def _note_scores(line, heatmaps: np.ndarray, masks: np.ndarray):
 
 def _scale(figure: Figure, axes: np.ndarray):
     "Colour scale of the overlays on a mid-grey ground, at the right."
-    bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 1)), ax=axes.ravel().tolist(), fraction=.025, aspect=9*len(axes), shrink=.8)
+    corner, width = axes[-1, -1].get_position(), figure.get_figwidth()
+    height = axes[0, 0].get_position().y1 - corner.y0
+    bar = figure.add_axes((corner.x1 + .12/width, corner.y0 + .1*height, .11/width, .8*height))
     strip = overlay(np.full((1, 256, 1, 3), 128, np.uint8), np.linspace(0, 1, 256)[None, :, None])[0]
-    bar.ax.clear(); bar.ax.imshow(strip, extent=(0, 1, 0, 1), origin="lower", aspect="auto")
-    bar.ax.set(xticks=[], yticks=[0, .5, 1], ylabel="relevance (fixed scale)"); bar.ax.yaxis.set_label_position("right"); bar.ax.yaxis.tick_right()
+    bar.imshow(strip, extent=(0, 1, 0, 1), origin="lower", aspect="auto")
+    bar.set(xticks=[], yticks=[0, .5, 1], ylabel="relevance (fixed scale)"); bar.yaxis.set_label_position("right"); bar.yaxis.tick_right()

@@ -94,7 +94,7 @@ def forward(self: TemporalCNN_GRU,
 def get_multiscale_layers(self: TemporalCNN_GRU) -> dict[str, nn.Module]:  # "fine", "mid", "semantic" → module
     "The modules whose outputs are the maps at strides 8, 16 and 32."
     extractor = self.feature_extractor
-    if extractor.pyramid is not None: return dict(extractor.pyramid.output.items())
+    if extractor.pyramid is not None: return dict(extractor.pyramid.gate.items())
     return {name: extractor.net.get_submodule(stage["module"]) for name, stage in extractor.stages.items()}
 
 # %% ../nbs/22_model.ipynb #7c2375c2

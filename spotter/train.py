@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FocalLoss', 'mask_loss', 'lr_factor', 'side_at', 'make_optimizer', 'predict', 'batch_loss', 'train_epoch',
            'validation_figures', 'fingerprint', 'Progress', 'save_progress', 'load_progress', 'note_epoch',
-           'depthwise_in_fp32', 'make_model', 'make_loader', 'Session', 'set_up', 'default_device', 'validate',
-           'run_epoch', 'calibrate', 'scale_heatmaps', 'finish', 'log_epoch', 'check_splits', 'train']
+           'depthwise_in_fp32', 'whiten_stem', 'make_model', 'make_loader', 'Session', 'set_up', 'first_looks',
+           'default_device', 'validate', 'run_epoch', 'calibrate', 'scale_heatmaps', 'finish', 'log_epoch',
+           'check_splits', 'train']
 
 # %% ../nbs/30_train.ipynb #3d991b7f
 import hashlib, json, math, shutil
@@ -176,7 +177,7 @@ class Progress:
     "Where a training stands after an epoch."
     fingerprint: str
     history: list[dict] = field(default_factory=list)  # one row of figures an epoch
-    best: tuple = (-1., -1.)                           # mean F1 and AUC of the best weights
+    best: tuple = (-1., -1.)                           # AUC and mean F1 of the best weights
     best_epoch: int = -1
     reference: float = -1.                             # mean F1 that the next improvement is measured from
     waited: int = 0                                    # epochs since `reference` was set
@@ -205,7 +206,7 @@ def load_progress(folder: Path, wanted: str, accelerator: Accelerator) -> Progre
 def note_epoch(now: Progress, row: dict, min_improvement: float) -> bool:  # whether these weights are the best so far
     "Add an epoch's figures to the history, and update best and patience."
     now.history.append(row)
-    score = (row["val_mean_f1"], row["val_auc"])
+    score = (row["val_auc"], row["val_mean_f1"])
     better = score > tuple(now.best)
     if better: now.best, now.best_epoch = score, row["epoch"]
     if row["val_mean_f1"] >= now.reference + min_improvement: now.reference, now.waited = row["val_mean_f1"], 0
@@ -223,6 +224,18 @@ def depthwise_in_fp32(model: nn.Module):
         return run
     for conv in model.modules():
         if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels > 1: conv.forward = wrap(conv.forward)
+
+# %% ../nbs/30_train.ipynb #a1c0ffe2
+@torch.no_grad()
+def whiten_stem(
+    model: TemporalCNN_GRU,
+    frames: torch.Tensor,   # (N, 3, H, W), as the network gets them
+):
+    "Make the first filters the principal components of the frames' patches, strongest first."
+    stem = model.feature_extractor.net.conv_stem
+    patches = F.unfold(frames, stem.kernel_size, stride=stem.stride).transpose(0, 1).flatten(1)
+    components = torch.linalg.eigh(torch.cov(patches.double()))[1].T.flip(0)[:stem.out_channels]
+    stem.weight[:len(components)] = components.view(-1, *stem.weight.shape[1:]).to(stem.weight)
 
 # %% ../nbs/30_train.ipynb #daba28f4
 def make_model(params: Params, arm: str) -> TemporalCNN_GRU:
@@ -266,10 +279,15 @@ def set_up(params: Params, arm: str, store: ClipStore) -> Session:
     spec, mixed = params.arms[arm], "bf16" if resolve_precision(params.train.precision, default_device()) == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, gradient_accumulation_steps=spec.accumulation)
     bare, loader = make_model(params, arm), make_loader(params, arm, store)
+    if not params.train.pretrained: whiten_stem(bare, first_looks(loader.dataset))
     if accelerator.device.type == "cpu": depthwise_in_fp32(bare)
     optimizer, scheduler = make_optimizer(bare, params.train, spec.learning_rate, math.ceil(len(loader) / spec.accumulation))
     model, loader, optimizer, scheduler = accelerator.prepare(bare, loader, optimizer, scheduler)
     return Session(params, arm, store, accelerator, bare, model, loader, optimizer, scheduler, FocalLoss(params.train.focal_gamma))
+
+def first_looks(data: ClipDataset, count: int = 64) -> torch.Tensor:  # (≤ count, 3, H, W)
+    "A frame of each of some clips, evenly spread, as the first epoch shows them."
+    return torch.cat([data[i]["clip"][:1] for i in range(0, len(data), math.ceil(len(data)/count))])
 
 def default_device() -> str:
     "Where accelerate puts a network."
@@ -302,15 +320,17 @@ def calibrate(model: TemporalCNN_GRU, logits: np.ndarray, labels: np.ndarray):
 def scale_heatmaps(model: TemporalCNN_GRU, store: ClipStore, frames: int, precision: str = "auto"):
     "Set the model's heatmap constants from the fakes of the validation split, and its heatmap threshold from those with a mask, if there are any that light up."
     fakes, device = store.clips.query("split == 'val' and label == 1"), next(model.parameters()).device
-    data = ClipDataset(store, fakes, frames, model.image_size)
+    data, raw, masks = ClipDataset(store, fakes, frames, model.image_size), [], []
     with MultiScaleGradCAM(model, precision=precision) as explainer:
-        raw = [{k: m[0].cpu() for k, m in explainer.maps(data[i]["clip"][None].to(device)).items() if k != "fused"} for i in range(len(data))]
+        for item in (data[i] for i in range(len(data))):
+            raw.append({k: m[0].cpu() for k, m in explainer.maps(item["clip"][None].to(device)).items() if k != "fused"})
+            masks.append(item["mask"].numpy() > .5)
     model.heatmap_constants = scale_constants({k: [m[k] for m in raw] for k in raw[0]})
     known = [i for i in range(len(data)) if data.mask_known[i]]
     if not known: return
     fused = torch.cat([fuse({k: m[None] for k, m in raw[i].items()}, WEIGHTS, model.heatmap_constants)[0] for i in known]).numpy()
-    masks = np.concatenate([data[i]["mask"].numpy() > .5 for i in known])
-    if fused[masks.any((1, 2))].any(): model.heatmap_threshold = choose_iou_threshold(fused, masks)
+    truth = np.concatenate([masks[i] for i in known])
+    if fused[truth.any((1, 2))].any(): model.heatmap_threshold = choose_iou_threshold(fused, truth)
 
 def finish(session: Session, best: Path, out: Path, now: Progress):
     "Write last.safetensors and the calibrated best.safetensors into `out`."

@@ -266,7 +266,7 @@ def test_all_frames_of_a_clip_share_one_augmentation(store):
     plain = ClipDataset(still, still.clips, frames=4, image_size=48)
     for epoch in range(3):
         for i in range(len(ds)):
-            item = ds[epoch, i]
+            item = ds[epoch, 0, i]
             for name in ("clip", "mask"): assert all(torch.equal(item[name][0], x) for x in item[name])
             assert not torch.equal(item["clip"], plain[i]["clip"])
 
@@ -276,20 +276,20 @@ def test_mask_follows_the_augmented_picture(store):
     clips = store.clips[store.clips.has_mask]
     ds = ClipDataset(store, clips, frames=4, image_size=SIDE, augment=shapes_only)
     for epoch in range(5):
-        item = ds[epoch, 0]
+        item = ds[epoch, 0, 0]
         assert ((item["clip"][:, 0] > 0) == item["mask"].bool()).float().mean() > 0.97 and 0 < item["mask"].mean() < 1
 
 
-def test_items_are_a_function_of_seed_epoch_and_index(store):
+def test_items_are_a_function_of_seed_epoch_turn_and_index(store):
     make = lambda seed: ClipDataset(store, store.clips, frames=4, image_size=48, augment=AUGMENT, seed=seed)
     a, b = make(0), make(0)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = a[1, 2]["clip"]
+    first = a[1, 0, 2]["clip"]
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
-    b[7, 3]
-    assert torch.equal(b[1, 2]["clip"], first)
-    assert not torch.equal(a[2, 2]["clip"], first) and not torch.equal(make(1)[1, 2]["clip"], first)
+    b[7, 0, 3]
+    assert torch.equal(b[1, 0, 2]["clip"], first)
+    assert not any(torch.equal(other, first) for other in (a[2, 0, 2]["clip"], a[1, 5, 2]["clip"], make(1)[1, 0, 2]["clip"]))
     b.set_epoch(1)
     assert torch.equal(b[2]["clip"], first)
 
@@ -313,13 +313,13 @@ def test_balanced_sampler_counts():
     sampler = BalancedSampler(labels, methods, seed=3, length=40)
     for epoch in range(3):
         sampler.set_epoch(epoch)
-        epochs, drawn = zip(*sampler)
+        epochs, turns, drawn = zip(*sampler)
         counts = np.bincount(drawn, minlength=50)
-        assert set(epochs) == {epoch} and len(drawn) == len(sampler) == 40
+        assert set(epochs) == {epoch} and turns == tuple(range(40)) and len(drawn) == len(sampler) == 40
         assert (counts[:10] == 2).all()                                    # 20 reals out of 10: each twice
         assert counts[10:].reshape(4, 10).sum(1).tolist() == [5]*4 and counts[10:].max() == 1  # 20 fakes: 5 of a method, none twice
         assert all(sum(labels[i] for i in drawn[k:k+4]) == 2 for k in range(0, 40, 4))
-        assert list(sampler) == list(zip(epochs, drawn))
+        assert list(sampler) == list(zip(epochs, turns, drawn))
     assert len({tuple(BalancedSampler(labels, methods, seed=s, length=40)) for s in range(3)}) == 3
 
 
@@ -332,9 +332,10 @@ def test_epochs_reach_living_workers(store, prepared):
     seen = []
     for epoch in range(2):
         if not prepared: sampler.set_epoch(epoch)  # a prepared loader counts by itself
+        keys = iter(BalancedSampler(store.clips.label, store.clips.method, seed=0, epoch=epoch, length=8))
         for batch in loader:
             assert batch["label"].sum() == 2
-            for clip, i in zip(batch["clip"], batch["index"].tolist()): assert torch.equal(clip, ds[epoch, i]["clip"])
+            for clip, key in zip(batch["clip"], keys): assert torch.equal(clip, ds[key]["clip"])
             seen.append(batch["index"].tolist())
     assert seen[:2] != seen[2:]
 
