@@ -39,7 +39,7 @@ lab: data  ## JupyterLab on the notebooks
 bench: data  ## speeds as ratios, measured side by side
 	$(RUN) dvc repro --quiet prepare
 	$(RUN) python benchmarks/training_step.py
-	$(RUN) python benchmarks/heatmaps.py
+	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/heatmaps.py  # as in anybody's notebook
 
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
 	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"

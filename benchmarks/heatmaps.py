@@ -1,6 +1,7 @@
 """Verdict and fused heatmaps of a 24-frame clip against the verdict alone, and against pytorch-grad-cam over the same three layers.
 
 All sides run in turn in one process, so the ratios hold while the machine's speed drifts. pytorch-grad-cam runs as it comes: fp32, gradients for every weight.
+`make bench` leaves out the allocator settings of the trainings, which nobody's notebook has; they help whoever keeps most gradients, and bring the second ratio down.
 Speeds do not depend on what was learnt, so the networks have random weights.
 """
 import statistics

@@ -221,5 +221,6 @@ def training_curves(
         ax.set(title=title, xlabel="epoch"); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(columns) > 1: ax.legend(fontsize="small")
     axes[0].set_ylim(bottom=0); axes[1].set_ylim(top=1.02); axes[2].set_ylim(bottom=0)
-    if history.val_mean_f1.notna().any(): axes[1].axvline(history.epoch[history.val_mean_f1.idxmax()], color=NEUTRAL, lw=1, ls="--")
+    kept = history.sort_values(["val_auc", "val_mean_f1", "epoch"], ascending=[False, False, True]).epoch.iloc[0]
+    axes[1].axvline(kept, color=NEUTRAL, lw=1, ls="--")
     return figure

@@ -78,7 +78,7 @@ class FeaturePyramid(nn.Module):
         self.output = nn.ModuleDict({name: separable_conv(width) for name in channels})
         self.mask = nn.Conv2d(width, 1, 1)
         self.gate = nn.ModuleDict({name: Gate() for name in channels})  # a module a scale, so that each gated map can be watched
-        self.project = nn.Sequential(nn.Conv2d(width*len(channels) + 1, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.project = nn.Sequential(nn.Conv2d(width*len(channels), out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self,
         maps: dict[str, torch.Tensor],  # scale -> map (N, C, h, w)
@@ -89,8 +89,7 @@ class FeaturePyramid(nn.Module):
         mask, grid = self.mask(levels[0]), levels[-1].shape[-2:]
         manipulated = mask.sigmoid()
         gated = [self.gate[name](x, manipulated) for name, x in zip(self.gate, levels)]
-        pooled = [F.adaptive_avg_pool2d(x, grid) for x in gated] + [F.adaptive_max_pool2d(manipulated, grid)]
-        return self.project(torch.cat(pooled, 1)), mask
+        return self.project(torch.cat([F.adaptive_avg_pool2d(x, grid) for x in gated], 1)), mask
 
 # %% ../nbs/20_pyramid.ipynb #1d2df274
 class MultiScaleFeatureExtractor(nn.Module):
@@ -105,7 +104,7 @@ class MultiScaleFeatureExtractor(nn.Module):
         self.stages = scale_stages(self.net)
         self.feature_dim = self.net.num_features
         channels = {name: stage["num_chs"] for name, stage in self.stages.items()}
-        self.pyramid = FeaturePyramid(channels, self.feature_dim) if use_multiscale else None
+        self.pyramid, self.gate = (FeaturePyramid(channels, self.feature_dim), Gate()) if use_multiscale else (None, None)
 
     def scales(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         "Frames (N, 3, H, W) → the last map (N, feature_dim, H/32, W/32), and the backbone's map at each scale."
@@ -117,4 +116,4 @@ class MultiScaleFeatureExtractor(nn.Module):
         if self.pyramid is None: return self.net.forward_features(x), None
         last, maps = self.scales(x)
         merged, mask = self.pyramid(maps)
-        return last + merged, mask
+        return self.gate(last, mask.sigmoid()) + merged, mask
