@@ -211,6 +211,7 @@ def difference_forest(
 @styled
 def training_curves(
     history: pd.DataFrame,  # epoch, train_loss, val_loss, val_mean_f1, val_auc, learning_rate; a row an epoch
+    kept: int,              # epoch whose weights were kept
 ) -> Figure:
     "Loss, validation figures and learning rate over the epochs."
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), layout="constrained")
@@ -221,6 +222,5 @@ def training_curves(
         ax.set(title=title, xlabel="epoch"); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(columns) > 1: ax.legend(fontsize="small")
     axes[0].set_ylim(bottom=0); axes[1].set_ylim(top=1.02); axes[2].set_ylim(bottom=0)
-    kept = history.sort_values(["val_auc", "val_mean_f1", "epoch"], ascending=[False, False, True]).epoch.iloc[0]
     axes[1].axvline(kept, color=NEUTRAL, lw=1, ls="--")
     return figure

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FocalLoss', 'mask_loss', 'lr_factor', 'side_at', 'make_optimizer', 'predict', 'batch_loss', 'train_epoch',
-           'validation_figures', 'fingerprint', 'Progress', 'save_progress', 'load_progress', 'note_epoch',
-           'depthwise_in_fp32', 'whiten_stem', 'make_model', 'make_loader', 'Session', 'set_up', 'first_looks',
-           'default_device', 'validate', 'run_epoch', 'calibrate', 'scale_heatmaps', 'finish', 'log_epoch',
-           'check_splits', 'train']
+           'validation_figures', 'fingerprint', 'Progress', 'save_progress', 'load_progress', 'steady_auc',
+           'note_epoch', 'depthwise_in_fp32', 'whiten_stem', 'make_model', 'make_loader', 'Session', 'set_up',
+           'first_looks', 'default_device', 'validate', 'run_epoch', 'calibrate', 'scale_heatmaps', 'finish',
+           'log_epoch', 'check_splits', 'train']
 
 # %% ../nbs/30_train.ipynb #3d991b7f
 import hashlib, json, math, shutil
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pandas as pd
@@ -177,7 +178,7 @@ class Progress:
     "Where a training stands after an epoch."
     fingerprint: str
     history: list[dict] = field(default_factory=list)  # one row of figures an epoch
-    best: tuple = (-1., -1.)                           # AUC and mean F1 of the best weights
+    best: tuple = (-1., -1.)                           # steady AUC and mean F1 of the best weights
     best_epoch: int = -1
     reference: float = -1.                             # mean F1 that the next improvement is measured from
     waited: int = 0                                    # epochs since `reference` was set
@@ -203,10 +204,15 @@ def load_progress(folder: Path, wanted: str, accelerator: Accelerator) -> Progre
     return Progress(wanted)
 
 # %% ../nbs/30_train.ipynb #2d6a91d8
+def steady_auc(history: list[dict], epochs: int = 3) -> float:
+    "Median AUC of the last epochs; what is missing counts as 0.5."
+    recent = [row["val_auc"] for row in history[-epochs:]]
+    return median(recent + [.5]*(epochs - len(recent)))
+
 def note_epoch(now: Progress, row: dict, min_improvement: float) -> bool:  # whether these weights are the best so far
     "Add an epoch's figures to the history, and update best and patience."
     now.history.append(row)
-    score = (row["val_auc"], row["val_mean_f1"])
+    score = (steady_auc(now.history), row["val_mean_f1"])
     better = score > tuple(now.best)
     if better: now.best, now.best_epoch = score, row["epoch"]
     if row["val_mean_f1"] >= now.reference + min_improvement: now.reference, now.waited = row["val_mean_f1"], 0
