@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'GROUPS', 'MIN_BACKGROUND', 'file_features', 'noise_level', 'colour_features', 'motion_features',
-           'sharpness_features', 'backdrop', 'face_track', 'background_features', 'clip_features', 'auc',
-           'with_intervals', 'out_of_fold', 'shortcuts', 'single_features', 'surroundings', 'recoded', 'two_codings',
-           'apart', 'systematic', 'difference', 'holds', 'look_at_target', 'sample_pairs', 'look_at_corpus', 'rates',
-           'centre_prior', 'pixel_ap', 'clip_masks', 'prior_precision', 'bounds_table', 'draw_shortcuts',
-           'draw_features']
+           'sharpness_features', 'backdrop', 'face_track', 'background_features', 'noise_features', 'clip_features',
+           'auc', 'with_intervals', 'out_of_fold', 'shortcuts', 'single_features', 'surroundings', 'recoded',
+           'two_codings', 'apart', 'systematic', 'difference', 'holds', 'look_at_target', 'sample_pairs',
+           'look_at_corpus', 'rates', 'centre_prior', 'pixel_ap', 'clip_masks', 'prior_precision', 'bounds_table',
+           'draw_shortcuts', 'draw_features']
 
 # %% ../nbs/36_audit.ipynb #3a015b61
 import math, multiprocessing, tempfile
@@ -141,10 +141,10 @@ def background_features(frames: np.ndarray, behind: np.ndarray) -> dict[str, flo
     part = behind if usable else np.ones_like(behind)
     grey = [cv2.GaussianBlur(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), .8) for f in still]
     texture = np.median([np.hypot(cv2.Sobel(g, -1, 1, 0), cv2.Sobel(g, -1, 0, 1))[part].mean() for g in grey])
-    found = colour_features(still, part) | _noise(still, part) | dict(texture=float(np.log(texture))) | {f"motion_{k}": v for k, v in motion_features(frames, part).items()}
+    found = colour_features(still, part) | noise_features(still, part) | dict(texture=float(np.log(texture))) | {f"motion_{k}": v for k, v in motion_features(frames, part).items()}
     return found if usable else dict.fromkeys(found, math.nan)
 
-def _noise(frames: np.ndarray, where: np.ndarray | None = None) -> dict[str, float]:
+def noise_features(frames: np.ndarray, where: np.ndarray | None = None) -> dict[str, float]:
     "Logarithm of the noise per channel, median over frames."
     level = np.median([noise_level(f, where) for f in frames], 0)
     return {f"noise_{c}": float(v) for c, v in zip(("red", "green", "blue"), np.log(level + .01))}
@@ -156,7 +156,7 @@ def clip_features(
 ) -> dict[str, float]:  # "group.name" -> value
     "Features of all groups."
     still = frames[::4]
-    groups = dict(file=file_features(path), noise={k.removeprefix("noise_"): v for k, v in _noise(still).items()}, colour=colour_features(still), motion=motion_features(frames),
+    groups = dict(file=file_features(path), noise={k.removeprefix("noise_"): v for k, v in noise_features(still).items()}, colour=colour_features(still), motion=motion_features(frames),
                   background=background_features(frames, behind), sharpness=sharpness_features(still))
     return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 

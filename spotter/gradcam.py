@@ -128,8 +128,8 @@ def explain(self: MultiScaleGradCAM,
     "Maps, verdict and what else there is of a batch of clips. `RuntimeError` outside the context."
     if self._seen is None: raise RuntimeError("use MultiScaleGradCAM in a with statement: its hooks are only there inside")
     extra = [name for name, part in (("attention", self.model.spatial_attention), ("mask", self.model.feature_extractor.pyramid)) if part is not None]
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False), autocast(self.precision, clips.device):
-        logits, temporal, *found = self.model(clips, return_temporal=True, **{f"return_{name}": True for name in extra})
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        with autocast(self.precision, clips.device): logits, temporal, *found = self.model(clips, return_temporal=True, **{f"return_{name}": True for name in extra})
         gradients = torch.autograd.grad(logits[:, target_class].sum(), [self._seen[name] for name in self.layers])
     maps = {name: cam(self._seen.pop(name).detach(), g).unflatten(0, clips.shape[:2]) for name, g in zip(self.layers, gradients)}
     found = {name: x.detach().float() for name, x in zip(extra, found)}

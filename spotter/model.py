@@ -84,8 +84,9 @@ def forward(self: TemporalCNN_GRU,
     if return_attention and self.spatial_attention is None: raise ValueError("this model was built with use_attention=False")
     if return_mask and self.feature_extractor.pyramid is None: raise ValueError("this model was built with use_multiscale=False")
     embedding, attention, mask = self.embed_frames(x)
-    temporal, _ = self.temporal(embedding)
-    logits = self.classifier(pool_over_time(temporal))
+    with torch.autocast(x.device.type, enabled=False):  # on a CPU, autocast would convert the GRU's weights anew at every time step
+        temporal, _ = self.temporal(embedding.float())
+        logits = self.classifier(pool_over_time(temporal))
     extra = [temporal] * return_temporal + [attention] * return_attention + [mask] * return_mask
     return (logits, *extra) if extra else logits
 
