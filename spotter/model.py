@@ -85,7 +85,7 @@ def forward(self: TemporalCNN_GRU,
     if return_mask and self.feature_extractor.pyramid is None: raise ValueError("this model was built with use_multiscale=False")
     embedding, attention, mask = self.embed_frames(x)
     with torch.autocast(x.device.type, enabled=False):  # on a CPU, autocast would convert the GRU's weights anew at every time step
-        temporal, _ = self.temporal(embedding.float())
+        temporal, _ = self.temporal(embedding.to(self.temporal.weight_ih_l0.dtype))
         logits = self.classifier(pool_over_time(temporal))
     extra = [temporal] * return_temporal + [attention] * return_attention + [mask] * return_mask
     return (logits, *extra) if extra else logits
