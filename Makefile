@@ -6,7 +6,7 @@ export PYTHONWARNINGS = ignore
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 .DEFAULT_GOAL := help
-.PHONY: help repro ablation test lab bench reference clean environment data
+.PHONY: help repro ablation results test lab bench reference clean environment data
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ ablation: data  ## what the masks are worth, on validation clips; three more tra
 	$(RUN) dvc repro --quiet train@b0
 	$(RUN) papermill nbs/stages/ablation.ipynb reports/ablation.ipynb
 	$(RUN) spotter tidy-report reports/ablation.ipynb
+
+results: data  ## three seeds of each arm, unseen methods, a learning curve, costs; thirteen more trainings, resumable
+	$(RUN) dvc repro results/dvc.yaml
 
 test: data  ## notebooks against package, every library notebook, pytest
 	$(RUN) pytest tests/test_notebooks.py

@@ -82,8 +82,8 @@ def noise_level(
 # %% ../nbs/36_audit.ipynb #c40d443d
 def colour_features(frames: np.ndarray, where: np.ndarray | None = None) -> dict[str, float]:
     "Mean and standard deviation of red, green, blue and saturation of frames (T, H, W, 3), in levels; `where` (H, W) selects pixels."
-    where = np.ones(frames.shape[1:3], bool) if where is None else where
-    pixels = [np.concatenate([f[where], cv2.cvtColor(f, cv2.COLOR_RGB2HSV)[where][:, 1:2]], 1).astype(np.float32) for f in frames]
+    pixels = [np.dstack([f, cv2.cvtColor(f, cv2.COLOR_RGB2HSV)[..., 1]]) for f in frames]
+    pixels = [(p.reshape(-1, 4) if where is None else p[where]).astype(np.float32) for p in pixels]
     values = np.median([np.concatenate([p.mean(0), p.std(0)]) for p in pixels], 0)
     return dict(zip([f"{s}_{c}" for s in ("mean", "spread") for c in ("red", "green", "blue", "saturation")], map(float, values)))
 
@@ -265,9 +265,9 @@ def systematic(
     for x, y, w in zip(a, b, where):
         middle = cv2.GaussianBlur((x.astype(np.float32) + y)/2, (0, 0), 1)
         terms = (np.ones_like(middle), (middle - 128)/100, cv2.Sobel(middle, -1, 1, 0, scale=1/8), cv2.Sobel(middle, -1, 0, 1, scale=1/8), cv2.Laplacian(middle, -1))
-        design = np.stack([t[w].T for t in terms], 2)                         # (3, pixels, 5)
-        normal += design.transpose(0, 2, 1)@design
-        right += np.einsum("cpi,pc->ci", design, (y.astype(np.float32) - x)[w])
+        design = np.stack([(t*w[..., None]).reshape(-1, 3).T for t in terms], 1, dtype=float)   # (3, 5, pixels), 0 outside `where`
+        normal += design@design.transpose(0, 2, 1)
+        right += (design@(y.astype(np.float32) - x).reshape(-1, 3).T[..., None])[..., 0]
     coefficients = np.stack([np.linalg.lstsq(n, r, rcond=None)[0] for n, r in zip(normal, right)], 1)
     contrast, dx, dy, blur = coefficients[1:].mean(1)
     return dict(brightness=float(np.abs(coefficients[0]).max()), contrast=float(contrast), shift=float(math.hypot(dx, dy)), blur=float(blur))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import pandas as pd
 from scipy.ndimage import binary_fill_holes
 
 from .heads import generator
@@ -40,7 +41,7 @@ class Recipe:
 # %% ../nbs/14_manipulations.ipynb #31871f4f
 _TABLE = {  # for each grade: bottleneck, blur, match, colour, seam, jitter, flicker
     "Deepfakes":      ((36, 56, 100), (0, 0, 0),    (.75, .9, 1.), (.08, .05, .015), (3., 4., 6.),   (.9, .5, .2),  (.04, .02, .008)),
-    "FaceSwap":       ((0, 0, 0),     (0, 0, 0),    (.6, .8, .97), (.3, .16, .04),   (.8, 1., 2.),   (.9, .5, .25), (.06, .03, .008)),
+    "FaceSwap":       ((44, 72, 0),   (0, 0, 0),    (.6, .8, .97), (.35, .18, .04),  (.8, 1., 2.),   (.9, .5, .25), (.06, .03, .008)),
     "Face2Face":      ((32, 48, 80),  (0, 0, 0),    (1., 1., 1.),  (.25, .14, .05),  (1., 2., 3.),   (.9, .5, .3),  (.06, .03, .012)),
     "NeuralTextures": ((0, 0, 0),     (1.7, 1.2, .6), (1., 1., 1.), (.10, .06, .03), (1.5, 2., 3.),  (.8, .5, .3),  (.04, .02, .012)),
 }
@@ -49,8 +50,8 @@ EXTENT = {"face": 1., "lower": .67, "mouth": .44} | dict.fromkeys(("nose", "left
 
 PLAIN = ("nose", "left cheek", "right cheek")   # skin that moves little: in the hard grade nothing would be left but the noise of the coding, so blur, colour error and flicker have a floor here
 
-_REGIONS = {"Deepfakes": (("face",), (1.,)), "FaceSwap": (("face",), (1.,)), "NeuralTextures": (("mouth",), (1.,)),
-            "Face2Face": (("face", "lower", "left eye", "right eye", "nose", "left cheek", "right cheek"), (.25, .25, .1, .1, .1, .1, .1))}
+_REGIONS = {"Deepfakes": {"face": 1.}, "FaceSwap": {"face": 1.}, "NeuralTextures": {"mouth": 1.},   # with their chances
+            "Face2Face": {"face": .25, "lower": .25} | dict.fromkeys(("left eye", "right eye", *PLAIN), .1)}
 
 # %% ../nbs/14_manipulations.ipynb #263ba45c
 def draw_recipe(
@@ -64,8 +65,8 @@ def draw_recipe(
     if strength not in GRADES: raise ValueError(f"strength {strength!r}: choose one of {', '.join(GRADES)}")
     rng = generator(seed, "recipe", method, name)
     values = [column[GRADES.index(strength)]*rng.uniform(.85, 1.2) for column in _TABLE[method]]
-    names, chances = _REGIONS[method]
-    region = str(rng.choice(names, p=chances))
+    chances = pd.Series({r: p for r, p in _REGIONS[method].items() if strength != "obvious" or r not in PLAIN})
+    region = str(rng.choice(chances.index, p=chances/chances.sum()))
     if region in PLAIN: values[0], values[3], values[6] = min(values[0], 56), max(values[3], .06), max(values[6], .02)
     values[0], values[2] = int(round(values[0])), min(values[2], 1.)
     return Recipe(method, strength, region, *(round(float(v), 4) if i else v for i, v in enumerate(values)))

@@ -43,15 +43,16 @@ class TemporalCNN_GRU(nn.Module):
         use_multiscale: bool = False,       # feature pyramid over strides 8, 16 and 32
         use_attention: bool = True,         # channel and spatial attention
         pretrained: bool = False,           # ImageNet weights from the hub
+        attention_reduction: int = 64,      # channels over those of attention's bottlenecks; 8 in old checkpoints
     ):
         super().__init__()
         self.config = dict(num_classes=num_classes, hidden_size=hidden_size, backbone=backbone,
-                           use_multiscale=use_multiscale, use_attention=use_attention)
+                           use_multiscale=use_multiscale, use_attention=use_attention, attention_reduction=attention_reduction)
         self.image_size, self.temperature, self.threshold = BACKBONES[backbone].image_size, 1.0, 0.5
         self.heatmap_constants, self.heatmap_threshold = None, None
         self.feature_extractor = MultiScaleFeatureExtractor(backbone, use_multiscale, pretrained)
         self.feature_dim = self.feature_extractor.feature_dim
-        self.spatial_attention = SpatialAttentionModule(self.feature_dim) if use_attention else None
+        self.spatial_attention = SpatialAttentionModule(self.feature_dim, attention_reduction) if use_attention else None
         self.temporal = nn.GRU(self.feature_dim, hidden_size, num_layers=2, batch_first=True, bidirectional=True)
         self.classifier = make_classifier(4 * hidden_size, num_classes)
         self._frozen = []

@@ -32,7 +32,7 @@ from .scenes import Actor, Camera, Stage, assemble, background, develop, head_mo
 from .video import read_frames, sample_positions, write_video
 
 # %% ../nbs/15_synth.ipynb #567b8401
-VERSION = 3   # counted up by every change of the procedure that changes the clips; the datasheet has the log
+VERSION = 4   # counted up by every change of the procedure that changes the clips; the datasheet has the log
 
 @dataclass(frozen=True)
 class Settings:
@@ -49,8 +49,8 @@ class Settings:
     version: int = VERSION           # of the procedure
 
 def make_settings(pairs, frames, fps, size, samples, grades, seed) -> Settings:
-    "Check the arguments of `synthesise`; a single number of pairs is split 26 : 6 : 16."
-    if isinstance(pairs, int): pairs = (pairs - (v := max(1, round(pairs*6/48))) - (t := max(1, round(pairs*16/48))), v, t)
+    "Check the arguments of `synthesise`; a single number of pairs is split 6 : 1 : 3."
+    if isinstance(pairs, int): pairs = (pairs - (v := max(1, round(pairs/10))) - (t := max(1, round(pairs*3/10))), v, t)
     if len(pairs) != 3 or min(pairs) < 1: raise ValueError(f"pairs {pairs}: train, val and test need at least one pair each")
     if size < 64 or size % 2: raise ValueError(f"size {size}: an even number of pixels from 64 on")
     if min(frames, fps, samples) < 1: raise ValueError(f"frames {frames}, fps {fps}, samples {samples}: each must be at least 1")
@@ -392,7 +392,7 @@ def _run_all(
 # %% ../nbs/15_synth.ipynb #9e474ed6
 def synthesise(
     root="data",                     # folder of the data set; made if missing, continued if it has the same settings
-    pairs=48,                        # identity pairs in all, or (train, val, test)
+    pairs=80,                        # identity pairs in all, or (train, val, test)
     frames: int = 24,                # of a clip
     fps: int = 25,
     size: int = 256,                 # side of a frame in pixels

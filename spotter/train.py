@@ -340,7 +340,8 @@ def scale_heatmaps(model: TemporalCNN_GRU, store: ClipStore, frames: int, precis
 
 def finish(session: Session, best: Path, out: Path, now: Progress):
     "Write last.safetensors and the calibrated best.safetensors into `out`."
-    notes = dict(arm=session.arm, settings=session.params.arms[session.arm].model_dump(), frames=session.params.clips.eval_frames, seed=session.params.seed)
+    p = session.params
+    notes = dict(arm=session.arm, settings=p.arms[session.arm].model_dump(), faces=p.faces.model_dump(), frames=p.clips.eval_frames, seed=p.seed)
     save_model(session.bare, out/"last.safetensors", epoch=len(now.history) - 1, **notes)
     session.bare.load_state_dict(load_model(best).state_dict())
     calibrate(session.bare, *validate(session))

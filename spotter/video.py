@@ -25,7 +25,8 @@ _NOT_VIDEO = {"tty"}  # FFmpeg renders text files as a film of a terminal
 def _open(path: str | Path):
     "Container and first real video stream of a file; one decoding thread, because callers work on many files at once."
     path = Path(path)
-    if not path.is_file(): raise VideoError(f"{path}: no such file")
+    if not path.exists(): raise VideoError(f"{path}: no such file")
+    if not path.is_file(): raise VideoError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file")
     if not path.stat().st_size: raise VideoError(f"{path}: the file is empty")
     try: container = av.open(str(path))
     except av.error.FFmpegError as e: raise VideoError(f"{path}: not a video, or cut off before its index ({e.strerror})") from e
@@ -90,14 +91,15 @@ def iter_frames(
     path: str | Path,
     indices: Iterable[int] | None = None,  # wanted frames, counted from 0; all by default
 ) -> Iterator[tuple[int, float, np.ndarray]]:  # index, time in seconds, frame (H, W, 3) uint8 RGB; in the order of the film
-    "Decode a video frame by frame. Raises `VideoError` when there is no frame at all; ends early, with a warning, where the file is damaged."
+    "Decode a video frame by frame, upright where the file says how it was held. Raises `VideoError` when there is no frame at all; ends early, with a warning, where the file is damaged."
     wanted, count = None if indices is None else {int(i) for i in indices}, 0
+    convert = av.video.reformatter.VideoReformatter().reformat   # one for all frames: to set one up takes longer than to convert a frame
     with _open(path) as (container, stream):
         rate = float(stream.average_rate or 25)  # a raw stream has no times of its own
         for i, frame in enumerate(_decode(container, stream, Path(path))):
             count += 1
             time = i/rate if frame.pts is None else float(frame.pts * stream.time_base)
-            if wanted is None or i in wanted: yield i, time, frame.to_ndarray(format="rgb24")
+            if wanted is None or i in wanted: yield i, time, np.ascontiguousarray(np.rot90(convert(frame, format="rgb24", threads=1).to_ndarray(), round(frame.rotation/90)))
             if wanted is not None and i >= max(wanted, default=-1): return
     if not count: raise VideoError(f"{path}: no frame could be decoded")
 

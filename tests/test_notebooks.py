@@ -1,11 +1,14 @@
 "The notebooks are the source: exporting them must give the package as it is, and they must be clean."
 import filecmp
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -46,3 +49,32 @@ def test_page_is_what_its_notebook_renders(tmp_path, page, notebook):
     command = [sys.executable, "-m", *options.replace("jupyter nbconvert", "nbconvert").split()[1:-1], str(ROOT/"nbs"/f"{notebook}.ipynb")]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert (tmp_path/f"{page}.md").read_text() == (ROOT/f"{page}.md").read_text(), "run `make readme`"
+
+
+def texts(path): return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown"]
+
+
+def test_prose_of_pages_and_stages_holds_no_figures():
+    "A figure in prose outlives the run that it came from; code cells read theirs from files."
+    allowed = r"95 %|100 %|\[1\.00, 1\.00\]|3\.1[12]|2\.0|1\.0|gamma=0,1,2|1803\.09010|0\.5 is chance"
+    for path in [*sorted((ROOT/"nbs"/"stages").glob("*.ipynb")), ROOT/"nbs"/"index.ipynb", ROOT/"nbs"/"datasheet.ipynb"]:
+        found = [m.group() for text in texts(path) for m in re.finditer(r"\d+[.,]\d+|\d+ ?%", re.sub(allowed, "", text))]
+        assert not found, f"{path}: read {found} from a file of the run"
+
+
+def test_readme_follows_the_files(tmp_path):
+    for name in ("settings.ini", "pyproject.toml", "params.yaml", "dvc.yaml"): shutil.copy(ROOT/name, tmp_path)
+    for name in ("data", "reports", "spotter"): (tmp_path/name).symlink_to(ROOT/name)
+    shutil.copytree(ROOT/"metrics", tmp_path/"metrics"); (tmp_path/"nbs").mkdir()
+    shutil.copy(ROOT/"nbs"/"index.ipynb", tmp_path/"nbs")
+    table, places = (pd.read_csv(tmp_path/"metrics"/name) for name in ("comparison.csv", "localisation.csv"))
+    table.loc[(table.name == "b0") & (table.figure == "auc"), ["value", "lo", "hi"]] = .1234, .0567, .2345
+    places.loc[(places.source == "b0: fused") & (places.score == "iou") & (places.by == "all"), ["value", "lo", "hi"]] = .7654, .6543, .8765
+    table.to_csv(tmp_path/"metrics"/"comparison.csv", index=False); places.to_csv(tmp_path/"metrics"/"localisation.csv", index=False)
+    params = (tmp_path/"params.yaml").read_text()
+    (tmp_path/"params.yaml").write_text(re.sub(r"(  b0:.*?steps_per_epoch:) \d+", r"\1 777", params, flags=re.S))
+    command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--execute", "--output", "page", "nbs/index.ipynb"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    page = (tmp_path/"nbs"/"page.md").read_text()
+    for said in ("0.12 [0.06, 0.23]", "0.77 [0.65, 0.88]"): assert said in page and said not in (ROOT/"README.md").read_text()
+    assert re.search(r"[\d,]+ steps of 16 frames for `b0`", page).group() != re.search(r"[\d,]+ steps of 16 frames for `b0`", (ROOT/"README.md").read_text()).group()

@@ -56,14 +56,14 @@ def videos(root): return {p.relative_to(root).as_posix(): p for p in sorted(Path
 
 # ---- the bundled data set ---------------------------------------------------------------------------------------------------------------------------------
 
-PAIRS = {"train": 26, "val": 6, "test": 16}
+PAIRS = {"train": 48, "val": 8, "test": 24}
 
 @bundled
 def test_splits_are_pair_closed_and_share_no_identity():
     splits = {s: json.loads((DATA/f"splits/{s}.json").read_text()) for s in PAIRS}
     assert {s: len(p) for s, p in splits.items()} == PAIRS
     people = [n for pairs in splits.values() for pair in pairs for n in pair]
-    assert len(set(people)) == len(people) == 96
+    assert len(set(people)) == len(people) == 160
     pairs = {frozenset(p) for listed in splits.values() for p in listed}
     assert all(frozenset(r.name.split("_")) in pairs for r in fakes_of(DATA))
 
@@ -85,7 +85,7 @@ def test_the_manifest_is_what_the_settings_plan():
     assert (DATA/"manifest.csv").read_text() == plan_manifest(read_settings(DATA)).to_csv(index=False)
 
 @bundled
-@pytest.mark.parametrize("level, clips", [("c23", 96 + 192), ("c40", 32 + 64)])
+@pytest.mark.parametrize("level, clips", [("c23", 160 + 320), ("c40", 48 + 96)])
 def test_nothing_but_the_pixels_tells_fake_from_real(level, clips):
     found = [json.dumps(probe(p)) for n, p in videos(DATA).items() if f"/{level}/" in n]
     assert len(found) == clips and len(set(found)) == 1, set(found)
@@ -99,7 +99,7 @@ def test_nothing_but_the_pixels_tells_fake_from_real(level, clips):
 @bundled
 def test_the_second_coding_is_of_the_test_split_alone():
     coarse, fine = index_dataset(DATA, compression="c40"), index_dataset(DATA, compression="c23")
-    assert set(coarse.split) == {"test"} and len(fine) == 96 + 192
+    assert set(coarse.split) == {"test"} and len(fine) == 160 + 320
     key = ["method", "target_id", "source_id", "label", "strength", "mask_path"]
     assert coarse[key].values.tolist() == fine[fine.split == "test"][key].values.tolist()
     assert all((DATA/p).is_file() for p in coarse.mask_path[coarse.label == 1])
@@ -146,7 +146,7 @@ def settings(reference): return read_settings(reference)
 
 def test_the_tiny_set_is_complete(reference, settings):
     made = plan_manifest(settings)
-    assert settings == make_settings(fps=25, grades=GRADES, **TINY) and settings.version == 3
+    assert settings == make_settings(fps=25, grades=GRADES, **TINY) and settings.version == 4
     assert set(videos(reference)) == listed(made) == {f for files in jobs_of(settings) for f in files}
     for row in fakes_of(reference):
         fake, original, mask = paths(reference, row)
@@ -228,8 +228,8 @@ def test_other_settings_are_refused(reference):
 def test_a_set_of_another_version_is_refused(tmp_path):
     old = dict(pairs=[18, 5, 9], frames=16, fps=25, size=256, samples=16, grades=["obvious", "medium"], seed=0, crf=23, version=1)
     (tmp_path/"synth.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="version is 1, asked for 3"): synthesise(tmp_path)
-    with pytest.raises(ValueError, match="records version 1 of the procedure, this is version 3"): check_set(tmp_path)
+    with pytest.raises(ValueError, match="version is 1, asked for 4"): synthesise(tmp_path)
+    with pytest.raises(ValueError, match="records version 1 of the procedure, this is version 4"): check_set(tmp_path)
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path/"holiday.txt").touch()
