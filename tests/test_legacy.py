@@ -1,0 +1,144 @@
+"Checkpoints of the earlier program, made with the package that it was built on: the same logits, whatever was saved around them."
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from efficientnet_pytorch import EfficientNet
+from safetensors.torch import save_file
+from torch import nn
+
+from spotter.checkpoint import inspect_checkpoint, load_model, save_model
+from spotter.legacy import FORMAT
+from spotter.pyramid import BACKBONES
+
+KINDS = {"b0": ("efficientnet-b0", False, False), "b0 with attention": ("efficientnet-b0", True, False),
+         "b0 at several scales": ("efficientnet-b0", False, True), "b3 at several scales": ("efficientnet-b3", True, True)}
+WRAPPED = {"raw": lambda state: state, "training": lambda state: {"model": state, "epoch": 4, "optimizer": {"step": torch.zeros(1)}},
+           "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()}, "compiled training": lambda state: {"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "epoch": 4}}
+
+
+class OldAttention(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.channel_attn = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width//8, 1), nn.ReLU(), nn.Conv2d(width//8, width, 1), nn.Sigmoid())
+        self.spatial_attn = nn.Sequential(nn.Conv2d(width, width//8, 1), nn.ReLU(), nn.Conv2d(width//8, 1, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        x = x*self.channel_attn(x)
+        return x*self.spatial_attn(x)
+
+
+class OldScales(nn.Module):
+    "The backbone in three pieces, and a fusion whose result nobody used."
+    def __init__(self, net: EfficientNet, width: int):
+        super().__init__()
+        n = len(net._blocks)
+        self.block3 = nn.ModuleList([net._conv_stem, net._bn0, *net._blocks[:n//3]])
+        self.block5 = nn.ModuleList(net._blocks[n//3:2*n//3])
+        self.block7 = nn.ModuleList([*net._blocks[2*n//3:], net._conv_head, net._bn1])
+        self.fusion = nn.Sequential(nn.Conv2d(width, 8, 1), nn.ReLU(), nn.Conv2d(8, width, 1))
+
+
+class Old(nn.Module):
+    def __init__(self, backbone: str, attention: bool, scales: bool):
+        super().__init__()
+        self.backbone, width = EfficientNet.from_name(backbone), BACKBONES[backbone].feature_dim
+        self.feature_extractor = OldScales(self.backbone, width) if scales else self.backbone
+        if attention: self.spatial_attention = OldAttention(width)
+        self.temporal = nn.GRU(width, 512, 2, batch_first=True, bidirectional=True)
+        self.classifier = nn.Sequential(nn.Linear(2048, 512), nn.ReLU(), nn.Dropout(.3), nn.Linear(512, 128), nn.ReLU(), nn.Dropout(.3), nn.Linear(128, 2))
+
+    def forward(self, x):
+        features = self.backbone.extract_features(x.flatten(0, 1))
+        if hasattr(self, "spatial_attention"): features = self.spatial_attention(features)
+        temporal, _ = self.temporal(features.mean((2, 3)).unflatten(0, x.shape[:2]))
+        return self.classifier(torch.cat([temporal.mean(1), temporal.amax(1)], 1))
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=[k.replace(" ", "-") for k in KINDS])
+def old(request):
+    "A network of the earlier program whose batch-norms have seen data, a clip, and its logits."
+    backbone, attention, scales = KINDS[request.param]
+    torch.manual_seed(len(request.param))
+    model, size = Old(backbone, attention, scales), BACKBONES[backbone].image_size
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms: m.momentum = 1.; nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias, std=.2)
+    with torch.no_grad():
+        model.train()(torch.randn(2, 2, 3, size, size))
+        for m in norms: m.running_mean += .1*torch.randn_like(m.running_mean)
+        nn.init.normal_(model.classifier[-1].weight, std=.5)
+        clip = torch.randn(1, 2, 3, size, size)
+        return request.param, model.eval(), clip, model(clip)
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_old_networks_give_their_logits_again(old, wrapped, tmp_path):
+    kind, model, clip, logits = old
+    backbone, attention, scales = KINDS[kind]
+    path = tmp_path/"spotter_v1.pth"
+    torch.save(WRAPPED[wrapped](model.state_dict()), path)
+    ours, info = load_model(path), inspect_checkpoint(path)
+    with torch.no_grad(): torch.testing.assert_close(ours(clip), logits, rtol=0, atol=1e-4)
+    assert logits.abs().max() > .01 and not ours.training
+    assert (info.backbone, info.use_multiscale, info.use_attention, info.format, info.image_size) == (backbone, False, attention, FORMAT, clip.shape[-1])
+    assert (ours.temperature, ours.threshold) == (1, .5)
+    assert [n for n in info.ignored if "fusion" in n] == [n for n in model.state_dict() if "fusion" in n] and bool(info.ignored) and info.missing == []
+    assert set(info.ignored) - {n for n in model.state_dict() if "fusion" in n} <= {"backbone._fc.weight", "backbone._fc.bias"}
+    assert info.metadata == ({"epoch": 4} if "training" in wrapped else {})
+
+
+def test_saved_again_it_is_one_of_ours(old, tmp_path):
+    kind, model, clip, logits = old
+    torch.save(model.state_dict(), tmp_path/"old.pth")
+    save_model(load_model(tmp_path/"old.pth"), tmp_path/"new.safetensors", origin="old.pth")
+    with torch.no_grad(): torch.testing.assert_close(load_model(tmp_path/"new.safetensors")(clip), logits, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return Old("efficientnet-b0", True, False).state_dict()
+
+
+def broken(state: dict) -> dict:
+    "What must not be loaded, and what the error says."
+    def less(*parts): return {k: v for k, v in state.items() if not k.startswith(parts)}
+    return {"another network": ({f"layer1.{i}.conv1.weight": torch.zeros(4, 4) for i in range(3)}, "not a network of the earlier program"),
+            "no recurrent network": (less("temporal."), "recurrent network is missing"), "half a recurrent network": (less("temporal.weight_hh_l1"), "do not fit"),
+            "no classifier": (less("classifier."), "0 layers"), "half an attention": (less("spatial_attention.spatial_attn"), "spatial_attn has 0 layers"),
+            "a missing block": (less("backbone._blocks.7.", "feature_extractor._blocks.7."), "missing"), "other widths": (state | {"classifier.0.weight": torch.zeros(512, 99)}, "do not fit"),
+            "two different backbones": (state | {"feature_extractor._bn1.bias": torch.full((1280,), 9.)}, "no copy"), "numbers": ({"epoch": 3}, "no tensors"), "a list": ([1, 2], "holds a list")}
+
+
+@pytest.mark.parametrize("kind", broken({}))
+def test_what_does_not_fit_is_refused(plain, kind, tmp_path):
+    content, reason = broken(plain)[kind]
+    torch.save(content, tmp_path/"strange.pth")
+    with pytest.raises(ValueError, match=f"strange.pth.*{reason}"): load_model(tmp_path/"strange.pth")
+
+
+class Trap:
+    def __init__(self, marker: Path): self.marker = str(marker)
+    def __reduce__(self): return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_never_runs(plain, zipped, tmp_path):
+    torch.save({"model": plain, "config": Trap(tmp_path/"ran")}, tmp_path/"trap.pth", _use_new_zipfile_serialization=zipped)
+    for read in (load_model, inspect_checkpoint):
+        with pytest.raises(ValueError, match="trap.pth.*carries code"): read(tmp_path/"trap.pth")
+    assert not (tmp_path/"ran").exists()
+    torch.load(tmp_path/"trap.pth", weights_only=False)
+    assert (tmp_path/"ran").exists()   # the trap works
+
+
+def test_damaged_files_are_named(plain, tmp_path):
+    torch.save(copy.copy(plain), tmp_path/"whole.pth")
+    save_file({"w": torch.zeros(4)}, tmp_path/"other.safetensors")
+    data = (tmp_path/"whole.pth").read_bytes()
+    contents = {"cut.pth": data[:len(data)//2], "text.pth": b"no weights here", "empty.pth": b"", "zeros.pth": bytes(1000), "cut.safetensors": (tmp_path/"other.safetensors").read_bytes()[:60]}
+    for name, content in contents.items(): (tmp_path/name).write_bytes(content)
+    for name in (*contents, "other.safetensors"):
+        with pytest.raises(ValueError, match=name): load_model(tmp_path/name)
+    with pytest.raises(FileNotFoundError, match="make repro"): load_model(tmp_path/"gone.pth")
