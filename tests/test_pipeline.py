@@ -14,6 +14,8 @@ from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 ROOT = Path(__file__).parents[1]
 ARMS = ("b0_plain", "b0", "b3")
 PAIRS = dict(train=2, val=1, test=2)
+RUNS = {"b0_plain-seed1": dict(arm="b0_plain", seed=1, pairs=0, without=""), "b0-seed1": dict(arm="b0", seed=1, pairs=0, without=""), "b3-seed1": dict(arm="b3", seed=1, pairs=0, without=""),
+        "b0-without-FaceSwap": dict(arm="b0", seed=0, pairs=0, without="FaceSwap"), "b0-pairs1": dict(arm="b0", seed=0, pairs=1, without="")}
 
 
 def subset(source: Path, out: Path):
@@ -53,10 +55,11 @@ def project(tmp_path_factory):
     "A copy of the project with a few clips and tiny settings, run once."
     folder = tmp_path_factory.mktemp("project")
     for name in ("dvc.yaml", "settings.ini", ".dvcignore"): shutil.copy(ROOT/name, folder)
-    for name in ("nbs", "spotter"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("nbs", "spotter", "results"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     (folder/"reports").mkdir()
     subset(ROOT/"data", folder/"data")
     (folder/"params.yaml").write_text(yaml.safe_dump(tiny(yaml.safe_load((ROOT/"params.yaml").read_text())), sort_keys=False))
+    (folder/"results"/"params.yaml").write_text(yaml.safe_dump(dict(runs=RUNS), sort_keys=False))
     run(folder, "dvc", "init", "--no-scm", "--quiet")
     run(folder, "dvc", "repro")
     return folder
@@ -119,6 +122,23 @@ def test_one_setting_of_b3_reruns_b3_alone(project):
     before, settings = path.read_text(), yaml.safe_load(path.read_text())
     settings["arms"]["b3"]["learning_rate"] *= 2
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    status = json.loads(run(project, "dvc", "status", "--json").split("\n")[0])
+    status = json.loads(run(project, "dvc", "status", "--json", "dvc.yaml").split("\n")[0])
     path.write_text(before)
     assert set(status) == {"train@b3", "evaluate@b3", "compare"}, status
+
+
+def test_results_of_many_trainings(project):
+    run(project, "dvc", "repro", "results/dvc.yaml")
+    assert "up to date" in run(project, "dvc", "repro", "results/dvc.yaml")
+    seeds = pd.read_csv(project/"metrics"/"results_seeds.csv").set_index(["name", "figure"])
+    for arm in ARMS:
+        tables = [pd.read_csv(project/"metrics"/name) for name in (f"predictions_{arm}.csv", f"results/predictions_{arm}-seed1.csv")]
+        aucs = [roc_auc_score(t.label, t.p_fake) for t in tables]
+        assert seeds.loc[(arm, "auc"), "value"] == pytest.approx(sum(aucs)/2, abs=1e-6)
+        assert seeds.loc[(arm, "auc"), "spread"] == pytest.approx(abs(aucs[0] - aucs[1])/2**.5, abs=1e-6)
+        coarse = pd.read_csv(project/"metrics"/f"predictions_{arm}_c40.csv")
+        assert set(coarse.compression) == {"c40"} and len(coarse) == len(tables[0]) and not coarse.p_fake.equals(tables[0].p_fake)
+    assert set(pd.read_csv(project/"metrics"/"results_groups.csv").group) >= {"c23: all", "c40: all", "c40: Deepfakes", "c23: hard"}
+    assert pd.read_csv(project/"metrics"/"results_unseen.csv").method.unique().tolist() == ["FaceSwap"]
+    assert pd.read_csv(project/"metrics"/"results_curve.csv").pairs.unique().tolist() == [1, PAIRS["train"]]
+    assert (pd.read_csv(project/"metrics"/"results_cost.csv", index_col=0).loc[list(ARMS)] > 0).all(axis=None)
