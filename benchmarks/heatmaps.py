@@ -4,13 +4,11 @@ All sides run in turn in one process, so the ratios hold while the machine's spe
 `make bench` leaves out the allocator settings of the trainings, which nobody's notebook has; they help whoever keeps most gradients, and bring the second ratio down.
 Speeds do not depend on what was learnt, so the networks have random weights.
 """
-import statistics
-import time
-
 import torch
 import typer
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from timing import in_turn, say
 from torch import nn
 
 from spotter.core import autocast, load_params, resolve_precision
@@ -37,11 +35,6 @@ def theirs(model, clip):
     model.zero_grad()
 
 
-def seconds(step, *args) -> float:
-    start = time.perf_counter(); step(*args)
-    return time.perf_counter() - start
-
-
 def measure(arm: str, frames: int, rounds: int):
     "Print the two ratios from `rounds` rounds."
     params = load_params()
@@ -50,12 +43,10 @@ def measure(arm: str, frames: int, rounds: int):
     model = make_model(params, arm).eval()
     clip = torch.randn(1, frames, 3, spec.image_size, spec.image_size)
     sides = {"verdict": (verdict, model, clip, precision), "heatmaps": (ours, model, clip, precision), "pytorch-grad-cam": (theirs, model, clip)}
-    for step, *args in sides.values(): step(*args)
-    found = [{name: seconds(*side) for name, side in sides.items()} for _ in range(rounds)]
+    found = in_turn(sides, rounds)
     print(f"{arm}: {frames} frames, {spec.backbone} @{spec.image_size}, {precision}, {torch.get_num_threads()} threads")
     for text, a, b in (("verdict and heatmaps / model(x)", "heatmaps", "verdict"), ("pytorch-grad-cam, fp32 / verdict and heatmaps", "pytorch-grad-cam", "heatmaps")):
-        ratios = [times[a]/times[b] for times in found]
-        print(f"  time of {text}: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+        say(f"time of {text}", [times[a]/times[b] for times in found])
 
 
 def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; by default those with three scales"), frames: int = typer.Option(24, help="of the clip"),

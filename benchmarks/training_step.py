@@ -3,12 +3,11 @@
 Both sides run in turn in one process, in the same precision and memory format and on as many frames, so the ratio holds while the machine's speed drifts.
 1.0 would mean that loading, augmentation, pyramid, attention, GRU, clipping and the optimiser cost nothing.
 """
-import statistics
-import time
 from itertools import count
 
 import torch
 import typer
+from timing import say, seconds
 
 from spotter.clips import ClipStore
 from spotter.core import autocast, find_root, load_params, resolve_precision
@@ -39,11 +38,6 @@ def bare_step(net, x, precision):
     net.zero_grad()
 
 
-def seconds(step, *args) -> float:
-    start = time.perf_counter(); step(*args)
-    return time.perf_counter() - start
-
-
 def measure(arm: str, pairs: int, block: int = 3):
     "Print the ratios of throughput, from `pairs` times a block of steps of each side."
     params = load_params()
@@ -61,8 +55,7 @@ def measure(arm: str, pairs: int, block: int = 3):
         ours = sum(seconds(training_step, session, batches) for _ in range(block))
         for name, net in nets.items(): ratios[name].append(sum(seconds(bare_step, net, x, precision) for _ in range(block)) / ours)
     print(f"{arm}: {n} frames a step, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
-    for name, found in ratios.items():
-        print(f"  speed of a training step / bare forward+backward, backbone {name}: {statistics.median(found):.2f} (from {min(found):.2f} to {max(found):.2f})", flush=True)
+    for name, found in ratios.items(): say(f"speed of a training step / bare forward+backward, backbone {name}", found)
 
 
 def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; all by default"), pairs: int = typer.Option(3, help="how often both sides are timed")):

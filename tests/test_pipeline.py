@@ -35,6 +35,7 @@ def subset(source: Path, out: Path):
 
 def tiny(settings: dict) -> dict:
     "Settings of seconds."
+    settings["threads"] = 1   # as many as the other tests leave
     settings["faces"].update(size=96, frames=4)
     settings["clips"].update(frames=2, eval_frames=2)
     settings["train"].update(workers=0, warmup_steps=0, grow_epochs=0)
@@ -137,7 +138,7 @@ def test_results_of_many_trainings(project):
         assert seeds.loc[(arm, "auc"), "value"] == pytest.approx(sum(aucs)/2, abs=1e-6)
         assert seeds.loc[(arm, "auc"), "spread"] == pytest.approx(abs(aucs[0] - aucs[1])/2**.5, abs=1e-6)
         coarse = pd.read_csv(project/"metrics"/f"predictions_{arm}_c40.csv")
-        assert set(coarse.compression) == {"c40"} and len(coarse) == len(tables[0]) and not coarse.p_fake.equals(tables[0].p_fake)
+        assert set(coarse.compression) == {"c40"} and len(coarse) == len(tables[0]) and set(coarse.clip_id).isdisjoint(tables[0].clip_id)
     assert set(pd.read_csv(project/"metrics"/"results_groups.csv").group) >= {"c23: all", "c40: all", "c40: Deepfakes", "c23: hard"}
     assert pd.read_csv(project/"metrics"/"results_unseen.csv").method.unique().tolist() == ["FaceSwap"]
     assert pd.read_csv(project/"metrics"/"results_curve.csv").pairs.unique().tolist() == [1, PAIRS["train"]]

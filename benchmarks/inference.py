@@ -1,0 +1,99 @@
+"""From the bare backbone, the limit, to a whole video: what each layer of Spotter adds to it, and what the plain way costs.
+
+- limit: timm's backbone on 24 frames that are ready, in the same precision and memory format
+- plain: the same network on efficientnet_pytorch, in fp32 and PyTorch's default memory format
+- video: ten seconds of 1280 × 720 at 25 frames a second, H.264, with one face
+
+Speeds do not depend on what was learnt, so the networks have random weights.
+"""
+import statistics
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime
+import torch
+import typer
+from efficientnet_pytorch import EfficientNet
+from timing import in_turn, say
+from torch import nn
+
+from spotter.checkpoint import save_model
+from spotter.core import autocast, find_root, load_params, resolve_precision
+from spotter.export import export_onnx
+from spotter.gradcam import MultiScaleGradCAM
+from spotter.inference import FRAMES, Detector
+from spotter.model import TemporalCNN_GRU, pool_over_time
+from spotter.pyramid import create_backbone
+from spotter.train import make_model
+from spotter.video import read_frames, write_video
+
+
+class PlainNetwork(nn.Module):
+    "Spotter's network as one would write it down: backbone of efficientnet_pytorch, fp32, channels first."
+    def __init__(self, model: TemporalCNN_GRU):
+        super().__init__()
+        self.net, self.head = EfficientNet.from_name(model.config["backbone"], include_top=False), model.feature_extractor
+        self.attention, self.temporal, self.classifier = model.spatial_attention, model.temporal, model.classifier
+        self.to(memory_format=torch.contiguous_format)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.net.extract_endpoints(x.flatten(0, 1))
+        merged, mask = self.head.pyramid({name: maps[f"reduction_{i}"] for name, i in (("fine", 3), ("mid", 4), ("semantic", 5))})
+        features, _ = self.attention(self.head.gate(maps["reduction_6"], mask.sigmoid()) + merged)
+        temporal, _ = self.temporal(features.mean((2, 3)).unflatten(0, x.shape[:2]))
+        return self.classifier(pool_over_time(temporal))
+
+
+def film(path: Path, seconds: int = 10, rate: int = 25) -> Path:
+    "A bundled clip, to and fro, in the middle of a 720p frame."
+    frames, _ = read_frames(next(iter(sorted((find_root()/"data/original_sequences").rglob("*.mp4")))))
+    wide = [cv2.copyMakeBorder(cv2.resize(f, (720, 720), interpolation=cv2.INTER_CUBIC), 0, 0, 280, 280, cv2.BORDER_REFLECT) for f in frames]
+    order = np.abs((np.arange(seconds*rate) + len(wide) - 1) % (2*len(wide) - 2) - (len(wide) - 1))
+    write_video(path, [wide[i] for i in order], rate)
+    return path
+
+
+def forward(net, x, precision):
+    with torch.inference_mode(), autocast(precision): net(x)
+
+
+def with_heatmaps(model, clip, precision):
+    with MultiScaleGradCAM(model, precision=precision) as explainer: explainer.generate_heatmaps(clip)
+
+
+def measure(arm: str, rounds: int, folder: Path):
+    "Print the ratios of one arm."
+    params = load_params(); torch.set_num_threads(params.threads)
+    precision, spec = resolve_precision(params.train.precision), params.arms[arm]
+    model, plain = make_model(params, arm).eval(), PlainNetwork(make_model(params, arm)).eval()
+    bare = create_backbone(spec.backbone).eval().to(memory_format=torch.channels_last)
+    clip = torch.randn(1, FRAMES, 3, spec.image_size, spec.image_size)
+    ready = clip[0].contiguous(memory_format=torch.channels_last)
+    save_model(model, folder/"random.safetensors", faces=params.faces.model_dump(), frames=params.clips.eval_frames)
+    detector, video, looked = Detector(folder/"random.safetensors", precision=precision), film(folder/"film.mp4"), {True: [], False: []}
+    options = onnxruntime.SessionOptions(); options.intra_op_num_threads = params.threads
+    export_onnx(model, folder/"random.onnx")
+    session = onnxruntime.InferenceSession(folder/"random.onnx", options, providers=["CPUExecutionProvider"])
+    sides = {"bare": (forward, bare, ready, precision), "model": (forward, model, clip, precision), "heatmaps": (with_heatmaps, model, clip, precision),
+             "plain": (forward, plain, clip, "fp32"), "onnx": (lambda: session.run(None, {"clip": clip.numpy()}),),
+             "analyze": (lambda: looked[True].append(detector.analyze(video)),), "verdict": (lambda: looked[False].append(detector.analyze(video, heatmaps=False)),)}
+    found = in_turn(sides, rounds)
+    against = lambda a, b="bare": [times[a]/times[b] for times in found]
+    print(f"{arm}: {FRAMES} frames, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
+    for name, text in (("model", "model(x)"), ("heatmaps", "verdict and heatmaps"), ("onnx", "ONNX Runtime, fp32"), ("analyze", "analyze(video)")): say(f"time of {text} / bare backbone", against(name))
+    say("time of the plain network / model(x)", against("plain", "model"))
+    parts = {"decoding": ("reading", True), "faces": ("faces", True), "model": ("network", False)}
+    share = {name: statistics.median(a.seconds[key]/times["bare"] for a, times in zip(looked[heat][1::2], found)) for name, (key, heat) in parts.items()}
+    share["heatmaps"] = statistics.median((a.seconds["network"] - b.seconds["network"])/times["bare"] for a, b, times in zip(looked[True][1::2], looked[False][1::2], found))
+    print("    of that, on", len(looked[True][0].people[0].indices), "frames:", ", ".join(f"{name} {value:.2f}" for name, value in share.items()), flush=True)
+
+
+def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; by default those with three scales"), rounds: int = typer.Option(5, help="how often each side is timed")):
+    "Print what inference costs, in times of the bare backbone's."
+    for arm in arms or [name for name, spec in load_params().arms.items() if spec.use_multiscale]:
+        with tempfile.TemporaryDirectory() as folder: measure(arm, rounds, Path(folder))
+
+
+if __name__ == "__main__": typer.run(main)
