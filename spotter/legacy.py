@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'read_tensors', 'backbone_names', 'OldNetwork', 'convert']
 
 # %% ../nbs/25_legacy.ipynb #c0264da4
-import pickle, re
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def read_tensors(
     "Tensors of a file of `torch.save`. `ValueError` that says what was found instead; nothing in the file is run."
     try:
         with open(path, "rb") as f: found = torch.load(f, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, UnicodeDecodeError) as e:
+    except Exception as e:   # a damaged pickle can fail in any way
         raise ValueError(f"{path} is neither a safetensors file nor a state dict of torch.save, or it is damaged or carries code: {(str(e).splitlines() or ['nothing could be read'])[0]}") from e
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
     state, notes = (found["model"], {k: v for k, v in found.items() if isinstance(v, int | float | str)}) if isinstance(found.get("model"), dict) else (found, {})
@@ -95,6 +95,8 @@ def convert(
     if lost := [old for new, old in absent.items() if not new.endswith("num_batches_tracked")]: raise ValueError(f"{len(lost)} tensors are missing, such as {', '.join(lost[:3])}")
     state |= {new: torch.tensor(0) for new in absent}
     ignored = [name for name in tensors if name not in names and (not name.startswith("feature_extractor.") or ".fusion." in name)]
+    if strange := [name for name in ignored if not name.startswith(("feature_extractor.", "backbone._fc."))]:
+        raise ValueError(f"{len(strange)} tensors of which nobody knows what they did to the logits, such as {', '.join(strange[:3])}")
     return OldNetwork(_config(backbone, attention, state), state, list(absent), ignored)
 
 # %% ../nbs/25_legacy.ipynb #2bef77d2
@@ -102,6 +104,7 @@ def _config(backbone: str, attention: bool, state: dict) -> dict:
     "Arguments of `TemporalCNN_GRU` from the shapes of renamed tensors."
     recurrent, last = state.get("temporal.weight_ih_l0"), state["classifier.6.weight"]
     if recurrent is None: raise ValueError("no temporal.weight_ih_l0: the recurrent network is missing")
+    if last.shape[0] != 2: raise ValueError(f"the classifier tells {last.shape[0]} classes, not 2")
     if recurrent.shape[1] != BACKBONES[backbone].feature_dim: raise ValueError(f"the recurrent network takes {recurrent.shape[1]} features, {backbone} gives {BACKBONES[backbone].feature_dim}")
     config = dict(num_classes=last.shape[0], hidden_size=recurrent.shape[0]//3, backbone=backbone, use_multiscale=False, use_attention=attention)
     return config | (dict(attention_reduction=recurrent.shape[1]//state["spatial_attention.channel_attn.1.weight"].shape[0]) if attention else {})

@@ -16,7 +16,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from .diagnostic import heat_over, heatmap_in_frame
+from .diagnostic import heat_over, heatmap_in_frame, touching
 from .figures import FAKE, NEUTRAL, REAL, styled
 from .inference import Analysis, Person
 from .video import sample_positions
@@ -60,7 +60,8 @@ def draw_evidence_of(
             if row == 0: ax.set_title(f"{person.times[i]:.2f} s", fontsize="small", loc="center")
     ax = figure.add_subplot(grid[2, :])
     ax.axhline(threshold, color=NEUTRAL, ls=":", lw=1); ax.text(1, threshold, " threshold", transform=ax.get_yaxis_transform(), color=NEUTRAL, fontsize="small", va="center")
-    ax.plot(person.times, person.scores, "o-", ms=4, lw=1, color=FAKE if person.verdict == "fake" else REAL)
+    for part in np.split(np.arange(len(person.times)), np.flatnonzero(~touching(person)) + 1):   # no line over what nobody looked at
+        ax.plot(person.times[part], person.scores[part], "o-", ms=4, lw=1, color=FAKE if person.verdict == "fake" else REAL)
     ax.set(xlabel="seconds", ylabel="p_fake", ylim=(-.03, 1.03))
     return figure
 
@@ -71,7 +72,7 @@ def _png(figure: Figure) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 SECTION = """<section><h2>{{ r.path }}</h2>
-<p class="{{ r.verdict }}"><b>{{ r.verdict }}</b>{% if r.p_fake is none %}: {{ r.reason }}{% else %}: p_fake is {{ '%.2f' % r.p_fake }}, {{ 'at or above' if r.verdict == 'fake' else 'below' }} the threshold of {{ '%.2f' % r.settings.threshold }}{% endif %}</p>
+<p class="{{ r.verdict }}"><b>{{ r.verdict }}</b>{% if r.p_fake is none %}: {{ r.reason }}{% else %}: p_fake is {{ '%.3f' % r.p_fake }}, {{ 'at or above' if r.verdict == 'fake' else 'below' }} the threshold of {{ '%.3f' % r.settings.threshold }}{% endif %}</p>
 {% if r.people %}<p>{{ r.frames }} frames of {{ r.width }} × {{ r.height }} pixels, {{ '%.3g' % r.rate }} a second; {{ r.people|length }} face{{ 's' if r.people|length > 1 }}.{% if r.note %} {{ r.note }}.{% endif %}</p>{% endif %}
 {% for p, picture in r.people|zip(pictures) %}<h3>Face {{ loop.index }}: {{ p.verdict }}, p_fake {{ '%.2f' % p.p_fake }}, seen in {{ '%.0f' % (100*p.coverage) }} % of the frames that were searched</h3>
 <img src="data:image/png;base64,{{ picture }}" alt="frames with heatmaps, and the score over time">{% endfor %}</section>"""

@@ -14,7 +14,7 @@ from spotter.clips import BalancedSampler, ClipDataset, ClipStore, prepare_corpu
 from spotter.core import AugmentParams, find_root, load_params
 from spotter.datasets import COLUMNS, DatasetError, index_dataset
 from spotter.faces import DETECTORS, NoFaceError, crop_face, face_clip, make_detector
-from spotter.video import VideoError, count_frames, probe, read_frames, write_video
+from spotter.video import VideoError, film_length, probe, read_frames, write_video
 from whole_frame import whole_frame
 
 SIDE, FRAMES = 64, 12
@@ -139,7 +139,7 @@ def spoil(kind, path, good):
 @pytest.mark.parametrize("kind, reason", [("gone", "no such file"), ("empty", "empty"), ("text", "not a video"), ("sound", "only audio"), ("no index", "cut off")])
 def test_files_that_are_no_videos(tmp_path, corpus, kind, reason):
     spoil(kind, tmp_path/"x.mp4", real_video(corpus, "000"))
-    for f in (read_frames, probe, count_frames):
+    for f in (read_frames, probe, film_length):
         with pytest.raises(VideoError, match=f"x.mp4: .*{reason}"): f(tmp_path/"x.mp4")
 
 
@@ -358,7 +358,7 @@ def test_bundled_corpus():
     people = [set(g.target_id) | set(g.source_id) - {""} for _, g in df.groupby("split")]
     assert sum(map(len, people)) == len(set.union(*people))
     for row in df[df.label == 1].groupby("method").head(1).itertuples():
-        assert row.mask_path and count_frames(BUNDLED/row.mask_path) == count_frames(BUNDLED/row.path)
+        assert row.mask_path and film_length(BUNDLED/row.mask_path).frames == film_length(BUNDLED/row.path).frames
         mask = read_frames(BUNDLED/row.mask_path, [0])[0]
         assert ((mask < 8) | (mask > 247)).all() and 0 < (mask > 127).mean() < 0.5
     clip = face_clip(BUNDLED/df.path.iloc[-1], load_params(BUNDLED.parent/"params.yaml").faces, make_detector())

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
+from spotter.datasets import index_dataset
+
 ROOT = Path(__file__).parents[1]
 ARMS = ("b0_plain", "b0", "b3")
 PAIRS = dict(train=2, val=1, test=2)
@@ -36,7 +38,7 @@ def subset(source: Path, out: Path):
 def tiny(settings: dict) -> dict:
     "Settings of seconds."
     settings["threads"] = 1   # as many as the other tests leave
-    settings["faces"].update(size=96, frames=4)
+    settings["faces"].update(size=96)
     settings["clips"].update(frames=2, eval_frames=2)
     settings["train"].update(workers=0, warmup_steps=0, grow_epochs=0)
     settings["evaluate"]["resamples"] = 50
@@ -100,11 +102,23 @@ def test_only_the_test_split_is_scored(project):
     assert set(table.target_id) == test and set(table.source_id.dropna()) <= test
 
 
-def test_reports_hold_no_times_and_no_paths(project):
-    for report in (project/"reports").glob("*.ipynb"):
+def holds_no_times_and_no_paths(project):
+    for report in (project/"reports").rglob("*.ipynb"):
         text = report.read_text()
         assert str(project) not in text, report.name
         for stamp in ("start_time", "end_time", "duration", "it/s"): assert f'"{stamp}"' not in text and f"{stamp}]" not in text, (report.name, stamp)
+
+
+def test_reports_hold_no_times_and_no_paths(project): holds_no_times_and_no_paths(project)
+
+
+def test_a_video_gets_the_verdict_of_the_evaluation(project, tmp_path):
+    table = pd.read_csv(project/"metrics"/"predictions_b0.csv").groupby(["label", "method"]).head(1)
+    data = index_dataset(project/"data", compression="c23").set_index("clip_id").path
+    run(project, "spotter", "predict", *(str(project/"data"/data[c]) for c in table.clip_id), "--checkpoint", "checkpoints/b0/best.safetensors", "--csv", str(tmp_path/"out.csv"))
+    found = pd.read_csv(tmp_path/"out.csv")
+    assert len(found) == 5 and found.p_fake.tolist() == pytest.approx(table.p_fake.tolist(), abs=.02)
+    assert (found.verdict == "fake").tolist() == table.prediction.astype(bool).tolist()
 
 
 def test_html_is_self_contained(project):
@@ -140,6 +154,28 @@ def test_results_of_many_trainings(project):
         coarse = pd.read_csv(project/"metrics"/f"predictions_{arm}_c40.csv")
         assert set(coarse.compression) == {"c40"} and len(coarse) == len(tables[0]) and set(coarse.clip_id).isdisjoint(tables[0].clip_id)
     assert set(pd.read_csv(project/"metrics"/"results_groups.csv").group) >= {"c23: all", "c40: all", "c40: Deepfakes", "c23: hard"}
-    assert pd.read_csv(project/"metrics"/"results_unseen.csv").method.unique().tolist() == ["FaceSwap"]
-    assert pd.read_csv(project/"metrics"/"results_curve.csv").pairs.unique().tolist() == [1, PAIRS["train"]]
+    unseen = pd.read_csv(project/"metrics"/"results_unseen.csv").set_index(["method", "training"]).value
+    assert set(unseen.index) == {("FaceSwap", kind) for kind in ("seen", "never seen", "never seen - seen")}
+    def auc(name, method=None):
+        t = pd.read_csv(project/"metrics"/f"{name}.csv")
+        t = t[(t.label == 0) | (t.method == method)] if method else t
+        return roc_auc_score(t.label, t.p_fake)
+    both = [auc(name, "FaceSwap") for name in ("predictions_b0", "results/predictions_b0-seed1")]
+    assert unseen["FaceSwap", "never seen"] == pytest.approx(auc("results/predictions_b0-without-FaceSwap", "FaceSwap"), abs=1e-6)
+    assert unseen["FaceSwap", "seen"] == pytest.approx(sum(both)/2, abs=1e-6)
+    curve = pd.read_csv(project/"metrics"/"results_curve.csv").query("figure == 'auc'").set_index("pairs").value
+    assert curve.index.tolist() == [1, PAIRS["train"]] and curve[1] == pytest.approx(auc("results/predictions_b0-pairs1"), abs=1e-6)
     assert (pd.read_csv(project/"metrics"/"results_cost.csv", index_col=0).loc[list(ARMS)] > 0).all(axis=None)
+    holds_no_times_and_no_paths(project)
+
+
+def test_the_results_follow_the_files(project):
+    "Another verdict in a table is another figure in the notebook."
+    path, report = project/"metrics"/"results"/"predictions_b0-seed1.csv", project/"reports"/"results.ipynb"
+    before, text = path.read_text(), report.read_text()
+    table = pd.read_csv(path, dtype=str)
+    table.assign(prediction="1", p_fake=table.label.map({"0": "0.9", "1": "0.8"})).to_csv(path, index=False)
+    run(project, "papermill", "nbs/stages/results.ipynb", str(project/"other.ipynb"), "-p", "rounds", "1")
+    path.write_text(before)
+    said = [[o["data"] for c in json.loads(t)["cells"] for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})] for t in (text, (project/"other.ipynb").read_text())]
+    assert len(said[0]) == len(said[1]) > 2 and said[0][-1] != said[1][-1]
