@@ -28,9 +28,9 @@ results: data  ## after repro: three seeds of each arm, unseen methods, a learni
 	$(RUN) dvc repro --allow-missing results/dvc.yaml  # a training whose tables are here is not done again because its checkpoint is elsewhere
 
 test: data  ## notebooks against package, every library notebook, pytest
-	$(RUN) pytest tests/test_notebooks.py
+	$(RUN) pytest -n 2 tests/test_notebooks.py
 	OMP_NUM_THREADS=1 $(RUN) nbdev_test --skip_folder_re '^[_.]|^stages' --n_workers 2
-	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile --ignore tests/test_notebooks.py
+	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_pipeline.py $(filter-out %/test_pipeline.py %/test_notebooks.py,$(wildcard tests/test_*.py))  # the longest first
 
 lab: data  ## JupyterLab on the notebooks
 	$(RUN) jupyter lab --notebook-dir=. nbs/index.ipynb
