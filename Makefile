@@ -23,7 +23,7 @@ data: environment
 repro: data  ## train, evaluate and compare all arms; reruns only what changed
 	$(RUN) dvc repro
 
-results: data  ## after repro: three seeds of each arm, unseen methods, a learning curve, what masks are worth, costs; sixteen more trainings, resumable
+results: data  ## after repro: three seeds of each arm, unseen methods, a learning curve, what masks are worth, costs; fifteen more trainings, resumable
 	$(RUN) dvc repro --quiet prepare results/dvc.yaml:prepare
 	$(RUN) dvc repro --allow-missing results/dvc.yaml  # a training whose tables are here is not done again because its checkpoint is elsewhere
 

@@ -62,7 +62,7 @@ def project(tmp_path_factory):
     (folder/"reports").mkdir()
     subset(ROOT/"data", folder/"data")
     (folder/"params.yaml").write_text(yaml.safe_dump(tiny(yaml.safe_load((ROOT/"params.yaml").read_text())), sort_keys=False))
-    (folder/"results"/"params.yaml").write_text(yaml.safe_dump(dict(runs=RUNS), sort_keys=False))
+    (folder/"results"/"params.yaml").write_text(yaml.safe_dump(dict(runs=RUNS, half="b0-pairs1"), sort_keys=False))
     run(folder, "dvc", "init", "--no-scm", "--quiet")
     run(folder, "dvc", "repro")
     return folder
