@@ -79,14 +79,16 @@ def test_readme_follows_the_files(tmp_path):
     for name in ("data", "reports", "spotter"): (tmp_path/name).symlink_to(ROOT/name)
     shutil.copytree(ROOT/"metrics", tmp_path/"metrics"); (tmp_path/"nbs").mkdir()
     shutil.copy(ROOT/"nbs"/"index.ipynb", tmp_path/"nbs")
-    table, places = (pd.read_csv(tmp_path/"metrics"/name) for name in ("comparison.csv", "localisation.csv"))
+    names = ("results_seeds.csv", "localisation.csv", "results_heatmaps.csv")
+    table, places, seeds = (pd.read_csv(tmp_path/"metrics"/name) for name in names)
     table.loc[(table.name == "b0") & (table.figure == "auc"), ["value", "lo", "hi"]] = .1234, .0567, .2345
     places.loc[(places.source == "b0: fused") & (places.score == "iou") & (places.by == "all"), ["value", "lo", "hi"]] = .7654, .6543, .8765
-    table.to_csv(tmp_path/"metrics"/"comparison.csv", index=False); places.to_csv(tmp_path/"metrics"/"localisation.csv", index=False)
+    seeds.loc[(seeds.name == "b0") & (seeds.figure == "average_precision"), ["value", "lo", "hi"]] = .4321, .3210, .5432
+    for name, changed in zip(names, (table, places, seeds)): changed.to_csv(tmp_path/"metrics"/name, index=False)
     params = (tmp_path/"params.yaml").read_text()
     (tmp_path/"params.yaml").write_text(re.sub(r"(  b0:.*?steps_per_epoch:) \d+", r"\1 777", params, flags=re.S))
     command = [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--execute", "--output", "page", "nbs/index.ipynb"]
     subprocess.run(command, cwd=tmp_path, check=True)
     page = (tmp_path/"nbs"/"page.md").read_text()
-    for said in ("0.12 [0.06, 0.23]", "0.77 [0.65, 0.88]"): assert said in page and said not in (ROOT/"README.md").read_text()
+    for said in ("0.12 [0.06, 0.23]", "0.77 [0.65, 0.88]", "0.43 [0.32, 0.54]"): assert said in page and said not in (ROOT/"README.md").read_text()
     assert re.search(r"[\d,]+ steps of 16 frames for `b0`", page).group() != re.search(r"[\d,]+ steps of 16 frames for `b0`", (ROOT/"README.md").read_text()).group()
