@@ -8,6 +8,9 @@ __all__ = ['app', 'SUFFIXES', 'main', 'synth', 'find_videos', 'predict', 'export
 # %% ../nbs/50_cli.ipynb #611e510f
 import glob
 import json
+import sys
+import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -69,7 +72,7 @@ def find_videos(
     found = {}
     for name in inputs:
         path = Path(name)
-        if path.is_dir(): here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if path.is_dir(): here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())   # a dangling link is told, not passed over
         elif not path.exists() and glob.has_magic(name): here = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if not p.is_dir())
         else: here = [path]
         if not here: raise ValueError(f"{name}: no videos there, that is no {', '.join(sorted(SUFFIXES))}")
@@ -89,15 +92,18 @@ def predict(
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda ... [default: a GPU if there is one]")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
 ):
-    "Judge videos. Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage."
+    "Judge videos. Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage. Ctrl-C ends a run with what was found until then."
     try:
         videos, detector = find_videos(inputs), _detector(checkpoint, device, precision, windows)
-        for path in filter(None, (json_out, csv_out, report, diagnostic/"films" if diagnostic else None)): _make_room(path)
+        films = [diagnostic/f"{n:03}_{video.stem}.mp4" for n, video in enumerate(videos, 1)] if diagnostic else []
+        _make_room([p for p in (json_out, csv_out, report) if p], films, [*videos, Path(detector.settings["checkpoint"])])
     except (ValueError, OSError) as e:
         typer.echo(f"spotter predict: {e}", err=True)
         raise typer.Exit(2)
-    records, sections = _judge(detector, videos, report is not None, diagnostic)
-    _write(detector.settings, records, sections, json_out, csv_out, report)
+    records, sections, stopped = _judge(detector, videos, report is not None, films)
+    written = _write(detector.settings, records, sections, json_out, csv_out, report)
+    if stopped: raise typer.Exit(130)
+    if not written: raise typer.Exit(1)
     if any(r["verdict"] == "undetermined" for r in records): raise typer.Exit(3)
 
 # %% ../nbs/50_cli.ipynb #97e165f7
@@ -114,35 +120,48 @@ def _detector(checkpoint, device, precision, windows):
         if names := detector.settings[what]: typer.echo(f"{detector.settings['checkpoint']}: {len(names)} tensors are {what}: {', '.join(names[:3])}{' …'*(len(names) > 3)}", err=True)
     return detector
 
-def _make_room(path: Path):
-    "Make the folder of a file that will be written. `ValueError` for a folder in its place."
-    if path.is_dir(): raise ValueError(f"{path} is a folder, a file is to be written there")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _make_room(outputs: list[Path], films: list[Path], inputs: list[Path]):
+    "Make the folders of what will be written. `ValueError` for an output in the place of a folder or of an input, `OSError` for a folder where nothing can be written."
+    read = {p.resolve() for p in inputs}
+    for path in (*outputs, *films):
+        if path.is_dir(): raise ValueError(f"{path} is a folder, a file is to be written there")
+        if path.resolve() in read: raise ValueError(f"{path} is an input and would be lost: choose another place for what is written")
+    for folder in {path.parent for path in (*outputs, *films) if not path.exists()}:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()   # told now, not after hours of work
 
-def _judge(detector, videos: list[Path], pictures: bool, diagnostic: Path | None) -> tuple[list[dict], list[str]]:
-    "Records, and pages if they are wanted. One bad file never stops the batch."
+def _judge(detector, videos: list[Path], pictures: bool, films: list[Path]) -> tuple[list[dict], list[str], bool]:
+    "Records, pages if they are wanted, and whether Ctrl-C ended it. One bad file never stops the batch."
     from dataclasses import replace
     from spotter.core import progress
     from spotter.inference import Analysis
     from spotter.outputs import html_section, record
-    records, sections = [], []
-    for n, video in enumerate(progress(videos, desc="videos"), 1):
-        try: analysis = detector.analyze(video, heatmaps=pictures or diagnostic is not None)
-        except Exception as e: analysis = Analysis(str(video), "undetermined", f"unexpected {type(e).__name__}: {e}", settings=detector.settings)
+    done, stopped = [], False
+    def said(analysis): return record(analysis), html_section(analysis) if pictures else ""
+    def undetermined(video, reason): return Analysis(str(video), "undetermined", reason, settings=detector.settings)
+    def look(video, film):
+        try: analysis = detector.analyze(video, heatmaps=pictures or film is not None)
+        except Exception as e: return undetermined(video, f"unexpected {type(e).__name__}: {e}")
         try:
-            if diagnostic: detector.diagnostic_video(video, diagnostic/f"{n:03}_{video.stem}.mp4", analysis)
-        except Exception as e: analysis = replace(analysis, note="; ".join(filter(None, (analysis.note, f"no diagnostic video, {type(e).__name__}: {e}"))))
-        records.append(record(analysis))
-        if pictures: sections.append(html_section(analysis))
-    return records, sections
+            if film: detector.diagnostic_video(video, film, analysis)
+        except Exception as e: return replace(analysis, note="; ".join(filter(None, (analysis.note, f"no diagnostic video, {type(e).__name__}: {e}"))))
+        return analysis
+    try:
+        for video, film in progress(zip_longest(videos, films), total=len(videos), desc="videos"): done.append(said(look(video, film)))
+    except KeyboardInterrupt: stopped = True
+    done += [said(undetermined(video, "not judged, the run was stopped")) for video in videos[len(done):]]
+    return *map(list, zip(*done)), stopped
 
-def _write(settings: dict, records: list[dict], sections: list[str], json_out, csv_out, report):
-    "Print the table, and write what is wanted."
-    from spotter.outputs import html_page, summary
-    table = summary(records)
+def _write(settings: dict, records: list[dict], sections: list[str], json_out, csv_out, report) -> bool:
+    "Write what is wanted, print the table, and say whether everything could be written."
+    from spotter.outputs import html_page, printable, summary
+    table, written = summary(records), True
     for path, text in ((json_out, lambda: json.dumps(records, indent=1, allow_nan=False)), (csv_out, lambda: table.to_csv(index=False)), (report, lambda: html_page(records, sections, settings))):
-        if path: path.write_text(text(), encoding="utf-8", errors="backslashreplace")   # names of files need not be text
-    typer.echo(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format).encode(errors="backslashreplace").decode())
+        try: path and path.write_text(text(), encoding="utf-8", errors="backslashreplace")   # names of files need not be text
+        except OSError as e: written = typer.echo(f"spotter predict: {path} could not be written: {e}", err=True) or False
+    shown = table.assign(**{c: table[c].map(printable) for c in ("path", "remark")}).to_string(index=False, na_rep="-", float_format="{:.2f}".format)
+    typer.echo(shown.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+    return written
 
 # %% ../nbs/50_cli.ipynb #5e080059
 @app.command()
@@ -154,8 +173,10 @@ def export(
     from spotter.checkpoint import load_model
     from spotter.export import export_onnx
     out = out or checkpoint.with_suffix(".onnx")
-    try: apart = export_onnx(load_model(checkpoint), out)
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
+    try:
+        _make_room([out], [], [checkpoint])
+        apart = export_onnx(load_model(checkpoint), out)
+    except (ValueError, OSError, RuntimeError) as e:
         typer.echo(f"spotter export: {e}", err=True)
         raise typer.Exit(2)
     typer.echo(f"{out}: logits differ from PyTorch's by {apart:.1e} at most")

@@ -24,7 +24,8 @@ def read_tensors(
     try:
         with open(path, "rb") as f: found = torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e:   # a damaged pickle can fail in any way
-        raise ValueError(f"{path} is neither a safetensors file nor a state dict of torch.save, or it is damaged or carries code: {(str(e).splitlines() or ['nothing could be read'])[0]}") from e
+        found = e.__context__ or e   # what `torch.load` came upon, without its advice to load the file all the same
+        raise ValueError(f"{path} is neither a safetensors file nor a state dict of torch.save, or it is damaged or carries code: {(str(found).splitlines() or [type(found).__name__])[0]}") from e
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
     state, notes = (found["model"], {k: v for k, v in found.items() if isinstance(v, int | float | str)}) if isinstance(found.get("model"), dict) else (found, {})
     tensors = {str(name).removeprefix("_orig_mod."): t for name, t in state.items() if isinstance(t, torch.Tensor)}

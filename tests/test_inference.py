@@ -1,5 +1,6 @@
 "Broken and odd files: each gets a verdict or a reason, soon and in little memory."
 import faulthandler
+import json
 import os
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import typer
 
 from spotter import cli
 from spotter.checkpoint import save_model
@@ -237,10 +239,42 @@ def test_one_bad_file_never_stops_the_batch(detector, frames, tmp_path, monkeypa
     analyze, show = detector.analyze, detector.diagnostic_video
     def fail(call, name): return lambda video, *args, **kwargs: 1/0 if Path(video).stem == name else call(video, *args, **kwargs)
     monkeypatch.setattr(detector, "analyze", fail(analyze, "a")); monkeypatch.setattr(detector, "diagnostic_video", fail(show, "b"))
-    records, sections = cli._judge(detector, films, True, tmp_path/"films")
-    assert [r["verdict"] == "undetermined" for r in records] == [True, False, False] and len(sections) == 3
+    records, sections, stopped = cli._judge(detector, films, True, [tmp_path/"films"/f"{film.stem}.mp4" for film in films])
+    assert [r["verdict"] == "undetermined" for r in records] == [True, False, False] and len(sections) == 3 and not stopped
     assert "ZeroDivisionError" in records[0]["reason"] and "no diagnostic video" in records[1]["note"] and records[2]["note"] is None
-    assert [p.name for p in (tmp_path/"films").iterdir()] == ["003_c.mp4"]
+    assert [p.name for p in (tmp_path/"films").iterdir()] == ["c.mp4"]
+
+
+def test_ctrl_c_keeps_what_was_found(detector, frames, tmp_path, monkeypatch, capsys):
+    films, analyze = [encode(tmp_path/f"{name}.mp4", frames) for name in "abc"], detector.analyze
+    def stop(video, *args, **kwargs):
+        if Path(video).stem == "b": raise KeyboardInterrupt
+        return analyze(video, *args, **kwargs)
+    monkeypatch.setattr(detector, "analyze", stop); monkeypatch.setattr(cli, "_detector", lambda *_: detector)
+    with pytest.raises(typer.Exit) as ended: cli.predict(list(map(str, films)), json_out=tmp_path/"out.json", report=tmp_path/"out.html", precision="auto")
+    assert ended.value.exit_code == 130
+    told = json.loads((tmp_path/"out.json").read_text())
+    assert [r["reason"] for r in told] == [None] + ["not judged, the run was stopped"]*2
+    assert (tmp_path/"out.html").read_text().count("<section><h2>") == 4 and capsys.readouterr().out.count("stopped") == 2
+
+
+def test_names_need_not_be_text(detector, frames, tmp_path, monkeypatch, capsys):
+    film, link = encode(tmp_path/"a.mp4", frames).rename(tmp_path/"\udcff\n\x1b[2J.mp4"), tmp_path/"link.mp4"
+    link.symlink_to("nowhere")
+    monkeypatch.setattr(cli, "_detector", lambda *_: detector)
+    with pytest.raises(typer.Exit) as ended: cli.predict([str(tmp_path)], csv_out=tmp_path/"out.csv", json_out=tmp_path/"out.json", report=tmp_path/"out.html", precision="auto")
+    assert ended.value.exit_code == 3
+    shown = capsys.readouterr().out
+    assert r"\udcff\n\x1b[2J.mp4" in shown and "\x1b" not in shown and "no such file" in shown
+    assert [r["path"] for r in json.loads((tmp_path/"out.json").read_text())] == [str(link), str(film)]   # in the order of their letters
+
+
+def test_what_cannot_be_written_is_told(detector, frames, tmp_path, monkeypatch, capsys):
+    film = encode(tmp_path/"a.mp4", frames)
+    monkeypatch.setattr(cli, "_detector", lambda *_: detector)
+    with pytest.raises(typer.Exit) as ended: cli.predict([str(film)], csv_out=Path("/dev/full"), json_out=tmp_path/"out.json", precision="auto")
+    said = capsys.readouterr()
+    assert ended.value.exit_code == 1 and "/dev/full could not be written" in said.err and "a.mp4" in said.out and (tmp_path/"out.json").is_file()
 
 
 CHILD = """
