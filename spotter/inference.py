@@ -8,6 +8,7 @@ __all__ = ['FRAMES', 'SECONDS', 'MIN_FRAMES', 'FACES', 'Window', 'plan_window', 
 
 # %% ../nbs/44_inference.ipynb #439e0013
 import hashlib
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -168,7 +169,7 @@ def find_checkpoint(
 
 # %% ../nbs/44_inference.ipynb #4649306b
 class Detector:
-    "Judges videos with the network of a checkpoint. Raises as `find_checkpoint` and `load_model` do."
+    "Judges videos with the network of a checkpoint, one at a time, whatever thread asks. Raises as `find_checkpoint` and `load_model` do."
     def __init__(self,
         checkpoint: str | Path | None = None,   # see `find_checkpoint`
         device: str = "cpu",
@@ -180,7 +181,7 @@ class Detector:
         self.precision = "fp32" if precision == "auto" and info.format == legacy.FORMAT else resolve_precision(precision, device)
         self.device, self.windows, self.frames = device, windows, info.metadata.get("frames", FRAMES)
         self.faces = FaceParams(**info.metadata["faces"]) if "faces" in info.metadata else FACES
-        self.detect = make_detector(self.faces.detector, self.faces.min_score)
+        self.detect, self._busy = make_detector(self.faces.detector, self.faces.min_score), threading.Lock()   # neither OpenCV's networks nor gradients can be shared
         self.settings = dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), format=info.format, backbone=info.backbone, image_size=self.model.image_size,
                              use_multiscale=info.use_multiscale, use_attention=info.use_attention, temperature=self.model.temperature, threshold=self.model.threshold,
                              frames=self.frames, windows=windows, precision=self.precision, device=str(device), missing=info.missing, ignored=info.ignored)
@@ -272,13 +273,14 @@ def analyze(self: Detector,
     "Judge a video. A file without a verdict is no error: it is `undetermined`, and the reason is given."
     seconds = dict(reading=0., faces=0., network=0.)
     def undetermined(reason): return Analysis(str(video), "undetermined", str(reason).removeprefix(f"{video}: "), settings=self.settings, seconds=seconds)
-    try:
-        passed, n, rate, note = self.find_faces(video, seconds)
-        people = same_people([faces for faces, _, _ in passed])
-        if not people: raise NoFaceError(f"{video}: no face could be followed, in {sum(probes for _, probes, _ in passed)} frames that were searched")
-    except (VideoError, NoFaceError) as e: return undetermined(e)
-    start = time.perf_counter()
-    said = iter(self.judge([s.crops for p in people for s in p], heatmaps))
+    with self._busy:
+        try:
+            passed, n, rate, note = self.find_faces(video, seconds)
+            people = same_people([faces for faces, _, _ in passed])
+            if not people: raise NoFaceError(f"{video}: no face could be followed, in {sum(probes for _, probes, _ in passed)} frames that were searched")
+        except (VideoError, NoFaceError) as e: return undetermined(e)
+        start = time.perf_counter()
+        said = iter(self.judge([s.crops for p in people for s in p], heatmaps))
     found = tuple(self._person(p, [next(said) for _ in p], sum(probes for _, probes, _ in passed)) for p in people)
     seconds["network"] = time.perf_counter() - start
     if not all(np.isfinite(p.p_fake) for p in found): return undetermined("the network's output is not a number: is the checkpoint whole?")

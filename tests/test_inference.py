@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -243,6 +244,13 @@ def test_one_bad_file_never_stops_the_batch(detector, frames, tmp_path, monkeypa
     assert [r["verdict"] == "undetermined" for r in records] == [True, False, False] and len(sections) == 3 and not stopped
     assert "ZeroDivisionError" in records[0]["reason"] and "no diagnostic video" in records[1]["note"] and records[2]["note"] is None
     assert [p.name for p in (tmp_path/"films").iterdir()] == ["c.mp4"]
+
+
+def test_threads_may_share_a_detector(detector, frames, tmp_path):
+    film = encode(tmp_path/"a.mp4", frames)
+    alone = detector.analyze(film)
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(detector.analyze, [film]*4))
+    assert all(f.p_fake == alone.p_fake and np.array_equal(f.people[0].heatmaps, alone.people[0].heatmaps) for f in found)
 
 
 def test_ctrl_c_keeps_what_was_found(detector, frames, tmp_path, monkeypatch, capsys):
