@@ -10,7 +10,6 @@ import glob
 import json
 import sys
 import tempfile
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -95,8 +94,8 @@ def predict(
     "Judge videos. Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage. Ctrl-C ends a run with what was found until then."
     try:
         videos, detector = find_videos(inputs), _detector(checkpoint, device, precision, windows)
-        films = [diagnostic/f"{n:03}_{video.stem}.mp4" for n, video in enumerate(videos, 1)] if diagnostic else []
-        _make_room([p for p in (json_out, csv_out, report) if p], films, [*videos, Path(detector.settings["checkpoint"])])
+        films = [diagnostic/f"{n:03}_{video.stem}.mp4" if diagnostic else None for n, video in enumerate(videos, 1)]
+        _make_room([p for p in (json_out, csv_out, report, *films) if p], [*videos, Path(detector.settings["checkpoint"])])
     except (ValueError, OSError) as e:
         typer.echo(f"spotter predict: {e}", err=True)
         raise typer.Exit(2)
@@ -120,48 +119,57 @@ def _detector(checkpoint, device, precision, windows):
         if names := detector.settings[what]: typer.echo(f"{detector.settings['checkpoint']}: {len(names)} tensors are {what}: {', '.join(names[:3])}{' …'*(len(names) > 3)}", err=True)
     return detector
 
-def _make_room(outputs: list[Path], films: list[Path], inputs: list[Path]):
+# %% ../nbs/50_cli.ipynb #e15b429b
+def _make_room(outputs: list[Path], inputs: list[Path]):
     "Make the folders of what will be written. `ValueError` for an output in the place of a folder or of an input, `OSError` for a folder where nothing can be written."
     read = {p.resolve() for p in inputs}
-    for path in (*outputs, *films):
+    for path in outputs:
         if path.is_dir(): raise ValueError(f"{path} is a folder, a file is to be written there")
         if path.resolve() in read: raise ValueError(f"{path} is an input and would be lost: choose another place for what is written")
-    for folder in {path.parent for path in (*outputs, *films) if not path.exists()}:
+    for folder in {path.parent for path in outputs if not path.exists()}:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()   # told now, not after hours of work
 
-def _judge(detector, videos: list[Path], pictures: bool, films: list[Path]) -> tuple[list[dict], list[str], bool]:
-    "Records, pages if they are wanted, and whether Ctrl-C ended it. One bad file never stops the batch."
+# %% ../nbs/50_cli.ipynb #5536c349
+def _look(detector, video: Path, pictures: bool, film: Path | None):
+    "The analysis of a video, and its film if there is to be one; whatever nobody has thought of becomes a reason or a note."
     from dataclasses import replace
+    from spotter.inference import Analysis
+    try: analysis = detector.analyze(video, heatmaps=pictures or film is not None)
+    except Exception as e: return Analysis(str(video), "undetermined", f"unexpected {type(e).__name__}: {e}", settings=detector.settings)
+    try:
+        if film: detector.diagnostic_video(video, film, analysis)
+    except Exception as e: return replace(analysis, note="; ".join(filter(None, (analysis.note, f"no diagnostic video, {type(e).__name__}: {e}"))))
+    return analysis
+
+def _judge(detector, videos: list[Path], pictures: bool, films: list[Path | None]) -> tuple[list[dict], list[str], bool]:
+    "Records, pages if they are wanted, and whether Ctrl-C left videos out."
     from spotter.core import progress
     from spotter.inference import Analysis
     from spotter.outputs import html_section, record
-    done, stopped = [], False
-    def said(analysis): return record(analysis), html_section(analysis) if pictures else ""
-    def undetermined(video, reason): return Analysis(str(video), "undetermined", reason, settings=detector.settings)
-    def look(video, film):
-        try: analysis = detector.analyze(video, heatmaps=pictures or film is not None)
-        except Exception as e: return undetermined(video, f"unexpected {type(e).__name__}: {e}")
-        try:
-            if film: detector.diagnostic_video(video, film, analysis)
-        except Exception as e: return replace(analysis, note="; ".join(filter(None, (analysis.note, f"no diagnostic video, {type(e).__name__}: {e}"))))
-        return analysis
+    def told(analysis): return record(analysis), html_section(analysis) if pictures else ""
+    done = []
     try:
-        for video, film in progress(zip_longest(videos, films), total=len(videos), desc="videos"): done.append(said(look(video, film)))
-    except KeyboardInterrupt: stopped = True
-    done += [said(undetermined(video, "not judged, the run was stopped")) for video in videos[len(done):]]
-    return *map(list, zip(*done)), stopped
+        for video, film in zip(progress(videos, desc="videos"), films): done.append(told(_look(detector, video, pictures, film)))
+    except KeyboardInterrupt: pass   # what was found is kept, and the rest is told below
+    left = [Analysis(str(video), "undetermined", "not judged, the run was stopped", settings=detector.settings) for video in videos[len(done):]]
+    records, sections = zip(*done, *map(told, left))
+    return list(records), list(sections), bool(left)
 
+# %% ../nbs/50_cli.ipynb #6db3aa2f
 def _write(settings: dict, records: list[dict], sections: list[str], json_out, csv_out, report) -> bool:
     "Write what is wanted, print the table, and say whether everything could be written."
     from spotter.outputs import html_page, printable, summary
-    table, written = summary(records), True
+    table, lost, code = summary(records), False, sys.stdout.encoding or "utf-8"
     for path, text in ((json_out, lambda: json.dumps(records, indent=1, allow_nan=False)), (csv_out, lambda: table.to_csv(index=False)), (report, lambda: html_page(records, sections, settings))):
-        try: path and path.write_text(text(), encoding="utf-8", errors="backslashreplace")   # names of files need not be text
-        except OSError as e: written = typer.echo(f"spotter predict: {path} could not be written: {e}", err=True) or False
-    shown = table.assign(**{c: table[c].map(printable) for c in ("path", "remark")}).to_string(index=False, na_rep="-", float_format="{:.2f}".format)
-    typer.echo(shown.encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
-    return written
+        if path is None: continue
+        try: path.write_text(text(), encoding="utf-8", errors="backslashreplace")   # names of files need not be text
+        except OSError as e:
+            lost = True
+            typer.echo(f"spotter predict: {path} could not be written: {e}", err=True)
+    shown = table.assign(path=table.path.map(printable), remark=table.remark.map(printable))
+    typer.echo(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format).encode(code, "backslashreplace").decode(code))
+    return not lost
 
 # %% ../nbs/50_cli.ipynb #5e080059
 @app.command()
@@ -174,8 +182,9 @@ def export(
     from spotter.export import export_onnx
     out = out or checkpoint.with_suffix(".onnx")
     try:
-        _make_room([out], [], [checkpoint])
-        apart = export_onnx(load_model(checkpoint), out)
+        model = load_model(checkpoint)
+        _make_room([out], [checkpoint])
+        apart = export_onnx(model, out)
     except (ValueError, OSError, RuntimeError) as e:
         typer.echo(f"spotter export: {e}", err=True)
         raise typer.Exit(2)

@@ -190,7 +190,7 @@ def write_diagnostic(
 ):
     "Write the whole film with what was found. `VideoError` as `iter_frames`."
     def drawn():
-        for i, moment, picture in progress(iter_frames(film), total=frames, desc=Path(out).name, leave=False):
+        for i, moment, picture in progress(iter_frames(film), total=frames, desc="diagnostic video", leave=False):
             zoom = -(-READABLE//picture.shape[0])
             if zoom > 1: picture = cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
             for person in people: picture = draw_person(picture, person, i, zoom)

@@ -9,6 +9,7 @@ __all__ = ['FORMAT', 'read_tensors', 'backbone_names', 'OldNetwork', 'convert']
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -24,8 +25,8 @@ def read_tensors(
     try:
         with open(path, "rb") as f: found = torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e:   # a damaged pickle can fail in any way
-        found = e.__context__ or e   # what `torch.load` came upon, without its advice to load the file all the same
-        raise ValueError(f"{path} is neither a safetensors file nor a state dict of torch.save, or it is damaged or carries code: {(str(found).splitlines() or [type(found).__name__])[0]}") from e
+        if isinstance(e, UnpicklingError): e = e.__context__ or e   # what `torch.load` came upon, without its advice to load the file all the same
+        raise ValueError(f"{path} is neither a safetensors file nor a state dict of torch.save, or it is damaged or carries code: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
     if not isinstance(found, dict): raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
     state, notes = (found["model"], {k: v for k, v in found.items() if isinstance(v, int | float | str)}) if isinstance(found.get("model"), dict) else (found, {})
     tensors = {str(name).removeprefix("_orig_mod."): t for name, t in state.items() if isinstance(t, torch.Tensor)}

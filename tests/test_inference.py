@@ -277,11 +277,21 @@ def test_names_need_not_be_text(detector, frames, tmp_path, monkeypatch, capsys)
     assert [r["path"] for r in json.loads((tmp_path/"out.json").read_text())] == [str(link), str(film)]   # in the order of their letters
 
 
+def test_no_film_is_written_over_an_input(detector, frames, tmp_path, monkeypatch, capsys):
+    films = [encode(tmp_path/f"{name}.mp4", frames) for name in ("a", "001_a")]
+    monkeypatch.setattr(cli, "_detector", lambda *_: detector)
+    before = films[1].read_bytes()
+    with pytest.raises(typer.Exit) as refused: cli.predict(list(map(str, films)), diagnostic=tmp_path, precision="auto")
+    assert refused.value.exit_code == 2 and "001_a.mp4 is an input" in capsys.readouterr().err and films[1].read_bytes() == before
+
+
 def test_what_cannot_be_written_is_told(detector, frames, tmp_path, monkeypatch, capsys):
     film = encode(tmp_path/"a.mp4", frames)
     monkeypatch.setattr(cli, "_detector", lambda *_: detector)
     with pytest.raises(typer.Exit) as ended: cli.predict([str(film)], csv_out=Path("/dev/full"), json_out=tmp_path/"out.json", precision="auto")
     said = capsys.readouterr()
+    with pytest.raises(typer.Exit) as refused: cli.predict([str(film)], json_out=Path("/proc/out.json"), precision="auto")   # nobody can write there
+    assert refused.value.exit_code == 2 and not capsys.readouterr().out
     assert ended.value.exit_code == 1 and "/dev/full could not be written" in said.err and "a.mp4" in said.out and (tmp_path/"out.json").is_file()
 
 
