@@ -11,9 +11,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from timing import in_turn, say
 from torch import nn
 
-from spotter.core import autocast, load_params, resolve_precision
-from spotter.gradcam import MultiScaleGradCAM
-from spotter.train import make_model
+from spotter.core import load_params
+from spotter.runtime import autocast, resolve_precision
+from spotter.explain.gradcam import MultiScaleGradCAM
+from spotter.train.setup import make_model
 
 
 class FramesAsBatch(nn.Module):
@@ -35,24 +36,24 @@ def theirs(model, clip):
     model.zero_grad()
 
 
-def measure(arm: str, frames: int, rounds: int):
+def measure(key: str, frames: int, rounds: int):
     "Print the two ratios from `rounds` rounds."
     params = load_params()
     torch.set_num_threads(params.threads)
-    precision, spec = resolve_precision(params.train.precision), params.arms[arm]
-    model = make_model(params, arm).eval()
+    precision, spec = resolve_precision(params.train.precision), params.models[key]
+    model = make_model(params, key).eval()
     clip = torch.randn(1, frames, 3, spec.image_size, spec.image_size)
     sides = {"verdict": (verdict, model, clip, precision), "heatmaps": (ours, model, clip, precision), "pytorch-grad-cam": (theirs, model, clip)}
     found = in_turn(sides, rounds)
-    print(f"{arm}: {frames} frames, {spec.backbone} @{spec.image_size}, {precision}, {torch.get_num_threads()} threads")
+    print(f"{key}: {frames} frames, {spec.backbone} @{spec.image_size}, {precision}, {torch.get_num_threads()} threads")
     for text, a, b in (("verdict and heatmaps / model(x)", "heatmaps", "verdict"), ("pytorch-grad-cam, fp32 / verdict and heatmaps", "pytorch-grad-cam", "heatmaps")):
         say(f"time of {text}", [times[a]/times[b] for times in found])
 
 
-def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; by default those with three scales"), frames: int = typer.Option(24, help="of the clip"),
+def main(models: list[str] = typer.Argument(None, help="models of params.yaml; by default those with three scales"), frames: int = typer.Option(24, help="of the clip"),
          rounds: int = typer.Option(5, help="how often each side is timed")):
     "Print what heatmaps cost."
-    for arm in arms or [name for name, spec in load_params().arms.items() if spec.use_multiscale]: measure(arm, frames, rounds)
+    for key in models or [name for name, spec in load_params().models.items() if spec.use_multiscale]: measure(key, frames, rounds)
 
 
 if __name__ == "__main__": typer.run(main)

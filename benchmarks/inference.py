@@ -19,15 +19,17 @@ from efficientnet_pytorch import EfficientNet
 from timing import in_turn, say
 from torch import nn
 
-from spotter.checkpoint import save_model
-from spotter.core import autocast, find_root, load_params, resolve_precision
-from spotter.export import export_onnx
-from spotter.gradcam import MultiScaleGradCAM
-from spotter.inference import FRAMES, Detector
-from spotter.model import TemporalCNN_GRU, pool_over_time
-from spotter.pyramid import create_backbone
-from spotter.train import make_model
-from spotter.video import read_frames, write_video
+from spotter.model.checkpoint import save_model
+from spotter.core import find_root, load_params
+from spotter.runtime import autocast, resolve_precision
+from spotter.model.export import export_onnx
+from spotter.explain.gradcam import MultiScaleGradCAM
+from spotter.predict.detector import Detector
+from spotter.predict.windows import FRAMES
+from spotter.model.network import TemporalCNN_GRU, pool_over_time
+from spotter.model.pyramid import create_backbone
+from spotter.train.setup import make_model
+from spotter.data.video import read_frames, write_video
 
 
 class PlainNetwork(nn.Module):
@@ -63,11 +65,11 @@ def with_heatmaps(model, clip, precision):
     with MultiScaleGradCAM(model, precision=precision) as explainer: explainer.generate_heatmaps(clip)
 
 
-def measure(arm: str, rounds: int, folder: Path):
-    "Print the ratios of one arm."
+def measure(key: str, rounds: int, folder: Path):
+    "Print the ratios of one model."
     params = load_params(); torch.set_num_threads(params.threads)
-    precision, spec = resolve_precision(params.train.precision), params.arms[arm]
-    model, plain = make_model(params, arm).eval(), PlainNetwork(make_model(params, arm)).eval()
+    precision, spec = resolve_precision(params.train.precision), params.models[key]
+    model, plain = make_model(params, key).eval(), PlainNetwork(make_model(params, key)).eval()
     bare = create_backbone(spec.backbone).eval().to(memory_format=torch.channels_last)
     clip = torch.randn(1, FRAMES, 3, spec.image_size, spec.image_size)
     ready = clip[0].contiguous(memory_format=torch.channels_last)
@@ -81,7 +83,7 @@ def measure(arm: str, rounds: int, folder: Path):
              "analyze": (lambda: looked[True].append(detector.analyze(video)),), "verdict": (lambda: looked[False].append(detector.analyze(video, heatmaps=False)),)}
     found = in_turn(sides, rounds)
     against = lambda a, b="bare": [times[a]/times[b] for times in found]
-    print(f"{arm}: {FRAMES} frames, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
+    print(f"{key}: {FRAMES} frames, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
     for name, text in (("model", "model(x)"), ("heatmaps", "verdict and heatmaps"), ("onnx", "ONNX Runtime, fp32"), ("analyze", "analyze(video)")): say(f"time of {text} / bare backbone", against(name))
     say("time of the plain network / model(x)", against("plain", "model"))
     parts = {"decoding": ("reading", True), "faces": ("faces", True), "model": ("network", False)}
@@ -90,10 +92,10 @@ def measure(arm: str, rounds: int, folder: Path):
     print("    of that, on", len(looked[True][0].people[0].indices), "frames:", ", ".join(f"{name} {value:.2f}" for name, value in share.items()), flush=True)
 
 
-def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; by default those with three scales"), rounds: int = typer.Option(5, help="how often each side is timed")):
+def main(models: list[str] = typer.Argument(None, help="models of params.yaml; by default those with three scales"), rounds: int = typer.Option(5, help="how often each side is timed")):
     "Print what inference costs, in times of the bare backbone's."
-    for arm in arms or [name for name, spec in load_params().arms.items() if spec.use_multiscale]:
-        with tempfile.TemporaryDirectory() as folder: measure(arm, rounds, Path(folder))
+    for key in models or [name for name, spec in load_params().models.items() if spec.use_multiscale]:
+        with tempfile.TemporaryDirectory() as folder: measure(key, rounds, Path(folder))
 
 
 if __name__ == "__main__": typer.run(main)

@@ -9,10 +9,12 @@ import torch
 import typer
 from timing import say, seconds
 
-from spotter.clips import ClipStore
-from spotter.core import autocast, find_root, load_params, resolve_precision
-from spotter.pyramid import create_backbone
-from spotter.train import batch_loss, depthwise_in_fp32, set_up
+from spotter.data.store import ClipStore
+from spotter.core import find_root, load_params
+from spotter.runtime import autocast, resolve_precision
+from spotter.model.pyramid import create_backbone
+from spotter.train.loop import batch_loss
+from spotter.train.setup import depthwise_in_fp32, start_session
 
 
 def endless(loader, start):
@@ -24,7 +26,7 @@ def endless(loader, start):
 
 def training_step(session, batches):
     "One batch from the disk to the updated weights."
-    batch, mask_weight = next(batches), session.params.train.mask_loss * session.params.arms[session.arm].use_multiscale
+    batch, mask_weight = next(batches), session.params.train.mask_loss * session.params.models[session.key].use_multiscale
     with session.accelerator.accumulate(session.model):
         session.accelerator.backward(batch_loss(session.model, batch, session.loss_fn, mask_weight))
         if session.accelerator.sync_gradients: session.accelerator.clip_grad_norm_(session.model.parameters(), session.params.train.clip_norm)
@@ -38,11 +40,11 @@ def bare_step(net, x, precision):
     net.zero_grad()
 
 
-def measure(arm: str, pairs: int, block: int = 3):
+def measure(key: str, pairs: int, block: int = 3):
     "Print the ratios of throughput, from `pairs` times a block of steps of each side."
     params = load_params()
-    session = set_up(params, arm, ClipStore(find_root()/"faces"))
-    spec, precision = params.arms[arm], resolve_precision(params.train.precision)
+    session = start_session(params, key, ClipStore(find_root()/"faces"))
+    spec, precision = params.models[key], resolve_precision(params.train.precision)
     n = spec.batch_size * params.clips.frames
     x = torch.randn(n, 3, spec.image_size, spec.image_size).contiguous(memory_format=torch.channels_last)
     nets = {name: create_backbone(spec.backbone).to(memory_format=torch.channels_last).train() for name in ("as it comes", "depthwise in fp32")}
@@ -54,13 +56,13 @@ def measure(arm: str, pairs: int, block: int = 3):
         # a block of steps, so that batches which were loaded ahead of time do not count as free
         ours = sum(seconds(training_step, session, batches) for _ in range(block))
         for name, net in nets.items(): ratios[name].append(sum(seconds(bare_step, net, x, precision) for _ in range(block)) / ours)
-    print(f"{arm}: {n} frames a step, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
+    print(f"{key}: {n} frames a step, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
     for name, found in ratios.items(): say(f"speed of a training step / bare forward+backward, backbone {name}", found)
 
 
-def main(arms: list[str] = typer.Argument(None, help="arms of params.yaml; all by default"), pairs: int = typer.Option(3, help="how often both sides are timed")):
+def main(models: list[str] = typer.Argument(None, help="models of params.yaml; all by default"), pairs: int = typer.Option(3, help="how often both sides are timed")):
     "Print the speed of a training step as a ratio to the bare backbone's."
-    for arm in arms or load_params().arms: measure(arm, pairs)
+    for key in models or load_params().models: measure(key, pairs)
 
 
 if __name__ == "__main__": typer.run(main)

@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from spotter import audit as A
+from spotter.evaluate.audit import BOUNDS, auc, bounds_table, difference, holds, measure_corpus, out_of_fold, sample_pairs, shortcuts, single_features, two_codings, with_intervals
+from spotter.evaluate.features import GROUPS, MIN_BACKGROUND, backdrop, clip_features, face_track, file_features
+from spotter.evaluate.references import pixel_ap
 from spotter.core import find_root, load_params
-from spotter.datasets import index_dataset
-from spotter.faces import make_detector
-from spotter.video import probe, read_frames, write_video
+from spotter.data.corpora import index_dataset
+from spotter.data.faces import make_detector
+from spotter.data.video import probe, read_frames, write_video
 
 ROOT = find_root(Path(__file__).parent)
 DATA = ROOT/"data"
@@ -35,8 +37,8 @@ def index(): return index_dataset(DATA, "ffpp", "c23")
 @pytest.fixture(scope="module")
 def looked(params, all_clips):
     "Everything about all clips, or about four pairs."
-    if all_clips: return A.look_at_corpus(params, DATA, every=1, workers=2)
-    return A.look_at_corpus(params, DATA, sample=24, workers=1)
+    if all_clips: return measure_corpus(params, DATA, every=1, workers=2)
+    return measure_corpus(params, DATA, sample=24, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,11 @@ def features(params, index, looked, all_clips):
     "Features of all clips, or of ten pairs; without comparing fakes and originals, which takes longer."
     if all_clips: return looked
     detect, rows = make_detector(params.faces.detector, params.faces.min_score), []
-    for _, clips in A.sample_pairs(index, 60).groupby("target_id"):
+    for _, clips in sample_pairs(index, 60).groupby("target_id"):
         films = {r.path: (r, read_frames(DATA/r.path)[0]) for r in clips.sort_values("label").itertuples(index=False)}
         original = next(iter(films.values()))[1]
-        behind = A.backdrop(list(A.face_track(original, detect, params.faces.every)[0].values()), original.shape[1:3])
-        rows += [r._asdict() | A.clip_features(DATA/p, f, behind) for p, (r, f) in films.items()]
+        behind = backdrop(list(face_track(original, detect, params.faces.every)[0].values()), original.shape[1:3])
+        rows += [r._asdict() | clip_features(DATA/p, f, behind) for p, (r, f) in films.items()]
     return pd.DataFrame(rows)
 
 
@@ -57,7 +59,7 @@ def trio(index):
     "Original, fake and mask of one target, and the original coded twice."
     fake = index[(index.label == 1) & (index.split == "train")].iloc[0]
     original = read_frames(DATA/index[(index.label == 0) & (index.target_id == fake.target_id)].path.iloc[0])[0]
-    return original, read_frames(DATA/fake.path)[0], read_frames(DATA/fake.mask_path)[0][..., 0] > 127, A.two_codings(original)
+    return original, read_frames(DATA/fake.path)[0], read_frames(DATA/fake.mask_path)[0][..., 0] > 127, two_codings(original)
 
 
 # ---- the bundled clips ------------------------------------------------------------------------------------------------------------------------------------
@@ -78,25 +80,25 @@ def encoder_lines(path):
 def test_fakes_differ_from_their_originals_inside_the_mask_only(looked):
     fakes = looked[looked["mask_path"] != ""]
     assert len(fakes) == (looked.label == 1).sum() > 0
-    bad = fakes[~A.holds(fakes)]
+    bad = fakes[~holds(fakes)]
     assert bad.empty, bad[["clip_id", "ratio", "brightness", "contrast", "shift", "blur", "inside_ratio", "clear"]].round(3).to_string()
 
 
 def test_no_manipulated_pixel_counts_as_background(looked):
     fakes = looked[looked["mask_path"] != ""]
     assert (fakes.stray == 0).all(), fakes.loc[fakes.stray > 0, ["clip_id", "stray"]].to_string()
-    assert (looked.background >= A.MIN_BACKGROUND).all(), looked.loc[looked.background < A.MIN_BACKGROUND, "clip_id"].tolist()
+    assert (looked.background >= MIN_BACKGROUND).all(), looked.loc[looked.background < MIN_BACKGROUND, "clip_id"].tolist()
 
 
 def test_the_face_is_found(looked):
     share = looked.groupby("method").found.sum()/looked.groupby("method").probed.sum()
-    assert set(share.index) >= {"youtube"} and len(share) == 5 and (share >= A.BOUNDS["found"]).all(), share
+    assert set(share.index) >= {"youtube"} and len(share) == 5 and (share >= BOUNDS["found"]).all(), share
 
 
 def test_no_shortcut(features, all_clips):
-    found = A.shortcuts(features, 1000 if all_clips else 300).set_index("group").loc[list(A.GROUPS)]
+    found = shortcuts(features, 1000 if all_clips else 300).set_index("group").loc[list(GROUPS)]
     reach = found.hi if all_clips else found.lo      # of a sample, only a leak that cannot be chance counts
-    assert (reach <= A.BOUNDS["auc"]).all(), found.round(3).to_string()
+    assert (reach <= BOUNDS["auc"]).all(), found.round(3).to_string()
     assert (found.clips == len(features)).all()
 
 
@@ -117,15 +119,15 @@ def test_every_bound_holds(written):
     others = clips[~clips.clip_id.isin(KNOWN)]
     broken = set(written.item[written["holds"] == "no"])
     assert broken <= {"ratio", "brightness"}, written[written["holds"] == "no"].to_string()
-    assert all(others[item].abs().max() <= A.BOUNDS[item] for item in broken)
+    assert all(others[item].abs().max() <= BOUNDS[item] for item in broken)
 
 
 def test_every_bound_was_checked(written):
     bounds = written.dropna(subset="bound").set_index(["check", "item"]).bound
-    assert bounds["shortcut"].to_dict() == dict.fromkeys(A.GROUPS, A.BOUNDS["auc"])
-    assert bounds["surroundings"].to_dict() == {k: A.BOUNDS[k] for k in ("ratio", "brightness", "contrast", "shift", "blur")}
-    assert (bounds["inside"]["inside"], bounds["prior"]["centre"]) == (A.BOUNDS["inside"], A.BOUNDS["prior"])
-    assert len(bounds["detector"]) == 5 and (bounds["detector"] == A.BOUNDS["found"]).all()
+    assert bounds["shortcut"].to_dict() == dict.fromkeys(GROUPS, BOUNDS["auc"])
+    assert bounds["surroundings"].to_dict() == {k: BOUNDS[k] for k in ("ratio", "brightness", "contrast", "shift", "blur")}
+    assert (bounds["inside"]["inside"], bounds["prior"]["centre"]) == (BOUNDS["inside"], BOUNDS["prior"])
+    assert len(bounds["detector"]) == 5 and (bounds["detector"] == BOUNDS["found"]).all()
 
 
 def test_every_fake_was_compared(written, index):
@@ -148,16 +150,16 @@ SPOILS = {"brightness": lambda f: np.clip(f.astype(int) + 2, 0, 255).astype(np.u
 def test_spoiled_surroundings_are_found(trio, name):
     original, fake, masks, codings = trio
     spoiled = np.where(masks[..., None], fake, SPOILS[name](fake))
-    found, before = A.difference(original, spoiled, masks, codings), A.difference(original, fake, masks, codings)
-    assert A.holds(before) and not A.holds(found)
-    assert abs(found[name]) > A.BOUNDS[name] > abs(before[name]), (found, before)
+    found, before = difference(original, spoiled, masks, codings), difference(original, fake, masks, codings)
+    assert holds(before) and not holds(found)
+    assert abs(found[name]) > BOUNDS[name] > abs(before[name]), (found, before)
     assert found["inside"] == before["inside"] and found["reference"] == before["reference"]
 
 
 def test_a_fake_that_is_its_original_is_found(trio):
     original, fake, masks, codings = trio
-    found = A.difference(original, np.where(masks[..., None], original, fake), masks, codings)
-    assert found["inside"] == 0 and not A.holds(found)
+    found = difference(original, np.where(masks[..., None], original, fake), masks, codings)
+    assert found["inside"] == 0 and not holds(found)
 
 
 def test_differences_by_hand():
@@ -165,7 +167,7 @@ def test_differences_by_hand():
     original = np.random.default_rng(0).integers(50, 200, (2, 40, 40, 3)).astype(np.uint8)
     masks = np.zeros((2, 40, 40), bool); masks[:, 20, 20] = True
     change = np.full((2, 40, 40, 1), 1, np.uint8); change[:, 18:23, 18:23] = 4; change[masks] = 9
-    found = A.difference(original, original + change, masks, (original, original + np.uint8(2)))
+    found = difference(original, original + change, masks, (original, original + np.uint8(2)))
     assert (found["outside"], found["inside"], found["reference"], found["inside_reference"]) == (1, 9, 2, 2)
     assert (found["ratio"], found["inside_ratio"], found["clear"]) == (.5, 4.5, 9)
     assert found["brightness"] == pytest.approx(1) and found["shift"] == pytest.approx(0, abs=1e-6)
@@ -182,14 +184,14 @@ def recoded_pairs(index, tmp_path_factory):
             for k, (name, film) in enumerate(films.items()):
                 write_video(folder/"x.mp4", film, crf=level)
                 other = list(films)[k ^ 1]
-                rows.append(dict(label=label, target_id=name, source_id=other if label else "") | A.file_features(folder/"x.mp4"))
+                rows.append(dict(label=label, target_id=name, source_id=other if label else "") | file_features(folder/"x.mp4"))
         return pd.DataFrame(rows)
     return make
 
 
 def file_auc(table):
-    scores = A.out_of_fold(table, table.drop(columns=["label", "target_id", "source_id"]).to_numpy())
-    return A.with_intervals(table, scores[:, None], 200, 0)[0]
+    scores = out_of_fold(table, table.drop(columns=["label", "target_id", "source_id"]).to_numpy())
+    return with_intervals(table, scores[:, None], 200, 0)[0]
 
 
 def test_another_encoder_setting_is_found(recoded_pairs):
@@ -207,7 +209,7 @@ def made_up(shift, pairs=20, seed=0):
     rng, rows = np.random.default_rng(seed), []
     for k in range(pairs):
         for t, s in ((2*k, 2*k + 1), (2*k + 1, 2*k)):
-            own = {f"{g}.x": rng.normal() for g in A.GROUPS}
+            own = {f"{g}.x": rng.normal() for g in GROUPS}
             for label in (0, 1, 1):
                 values = {c: v + .1*rng.normal() for c, v in own.items()}
                 values["background.x"] += shift*label
@@ -216,21 +218,21 @@ def made_up(shift, pairs=20, seed=0):
 
 
 def test_a_planted_leak_is_found_where_it_is():
-    found = A.shortcuts(made_up(8.), 200).set_index("group")
-    assert found.loc["background", "lo"] > .98 and (found.drop("background").hi < A.BOUNDS["auc"]).all()
-    above = A.single_features(made_up(8.), 50).set_index("group").above
+    found = shortcuts(made_up(8.), 200).set_index("group")
+    assert found.loc["background", "lo"] > .98 and (found.drop("background").hi < BOUNDS["auc"]).all()
+    above = single_features(made_up(8.), 50).set_index("group").above
     assert above["background"] == 1 and (above.drop("background") - .5).abs().max() < .2
 
 
 def test_without_a_leak_one_half_is_in_reach():
-    found = A.shortcuts(made_up(0.), 200)
+    found = shortcuts(made_up(0.), 200)
     assert (found.value - .5).abs().max() < .08 and (found.hi >= .45).all()
 
 
 def test_clips_without_background_are_left_out_of_that_group_alone():
     table = made_up(0.)
     table.loc[:2, "background.x"] = math.nan
-    clips = A.shortcuts(table, 20).set_index("group").clips
+    clips = shortcuts(table, 20).set_index("group").clips
     assert clips["background"] == len(table) - 3 and (clips.drop("background") == len(table)).all()
 
 
@@ -238,11 +240,11 @@ def test_clips_without_background_are_left_out_of_that_group_alone():
 def test_auc_and_pixel_ap_agree_with_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     y, p = rng.integers(0, 2, 60), rng.integers(0, 9, (60, 2)).astype(float)
-    assert A.auc(y, p) == pytest.approx([roc_auc_score(y, c) for c in p.T])
+    assert auc(y, p) == pytest.approx([roc_auc_score(y, c) for c in p.T])
     prior, masks = rng.integers(0, 5, (12, 12)).astype(float), rng.random((4, 12, 12)) < .3
-    assert A.pixel_ap(prior, masks) == pytest.approx([average_precision_score(m.ravel(), prior.ravel()) for m in masks])
+    assert pixel_ap(prior, masks) == pytest.approx([average_precision_score(m.ravel(), prior.ravel()) for m in masks])
 
 
 def test_a_bound_that_cannot_be_judged_does_not_hold():
-    table = A.bounds_table(pd.DataFrame([dict(group="file", value=.5, lo=math.nan, hi=math.nan)]), pd.DataFrame(dict(ratio=[math.nan])), {}, dict(centre=dict(all=dict(value=math.nan))))
+    table = bounds_table(pd.DataFrame([dict(group="file", value=.5, lo=math.nan, hi=math.nan)]), pd.DataFrame(dict(ratio=[math.nan])), {}, dict(centre=dict(all=dict(value=math.nan))))
     assert set(table["holds"]) == {"no"}

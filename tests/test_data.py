@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from spotter.clips import BalancedSampler, ClipDataset, ClipStore, prepare_corpus, sample_positions, to_input
+from spotter.data.loader import ClipDataset, to_input
+from spotter.data.prepare import prepare_corpus
+from spotter.data.sampling import BalancedSampler, sample_positions
+from spotter.data.store import ClipStore
 from spotter.core import AugmentParams, find_root, load_params
-from spotter.datasets import COLUMNS, DatasetError, index_dataset
-from spotter.faces import DETECTORS, NoFaceError, crop_face, face_clip, make_detector
-from spotter.video import VideoError, film_length, probe, read_frames, write_video
+from spotter.data.corpora import COLUMNS, CorpusError, index_dataset
+from spotter.data.faces import DETECTORS, NoFaceError, crop_face, face_clip, make_detector
+from spotter.data.video import VideoError, video_length, probe, read_frames, write_video
 from whole_frame import whole_frame
 
 SIDE, FRAMES = 64, 12
@@ -98,12 +101,12 @@ def test_index_of_a_layout(corpus):
 def test_leaking_or_broken_splits_are_refused(tmp_path, splits, culprit):
     write_splits(tmp_path, splits)
     for p in (real_video(tmp_path, "000"), fake_video(tmp_path, "Deepfakes", "000_001")): p.parent.mkdir(parents=True); p.touch()
-    with pytest.raises(DatasetError, match=culprit): index_dataset(tmp_path)
+    with pytest.raises(CorpusError, match=culprit): index_dataset(tmp_path)
 
 
 def test_missing_corpus_is_named(tmp_path):
-    with pytest.raises(DatasetError, match="nowhere.*ffpp"): index_dataset(tmp_path/"nowhere")
-    with pytest.raises(DatasetError, match="original_sequences/youtube"): index_dataset(tmp_path)
+    with pytest.raises(CorpusError, match="nowhere.*ffpp"): index_dataset(tmp_path/"nowhere")
+    with pytest.raises(CorpusError, match="original_sequences/youtube"): index_dataset(tmp_path)
 
 
 def test_two_cuts_of_one_youtube_video_never_straddle(tmp_path):
@@ -139,7 +142,7 @@ def spoil(kind, path, good):
 @pytest.mark.parametrize("kind, reason", [("gone", "no such file"), ("empty", "empty"), ("text", "not a video"), ("sound", "only audio"), ("no index", "cut off")])
 def test_files_that_are_no_videos(tmp_path, corpus, kind, reason):
     spoil(kind, tmp_path/"x.mp4", real_video(corpus, "000"))
-    for f in (read_frames, probe, film_length):
+    for f in (read_frames, probe, video_length):
         with pytest.raises(VideoError, match=f"x.mp4: .*{reason}"): f(tmp_path/"x.mp4")
 
 
@@ -358,7 +361,7 @@ def test_bundled_corpus():
     people = [set(g.target_id) | set(g.source_id) - {""} for _, g in df.groupby("split")]
     assert sum(map(len, people)) == len(set.union(*people))
     for row in df[df.label == 1].groupby("method").head(1).itertuples():
-        assert row.mask_path and film_length(BUNDLED/row.mask_path).frames == film_length(BUNDLED/row.path).frames
+        assert row.mask_path and video_length(BUNDLED/row.mask_path).frames == video_length(BUNDLED/row.path).frames
         mask = read_frames(BUNDLED/row.mask_path, [0])[0]
         assert ((mask < 8) | (mask > 247)).all() and 0 < (mask > 127).mean() < 0.5
     clip = face_clip(BUNDLED/df.path.iloc[-1], load_params(BUNDLED.parent/"params.yaml").faces, make_detector())

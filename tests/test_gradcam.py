@@ -8,8 +8,8 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from spotter.gradcam import MultiScaleGradCAM
-from spotter.model import TemporalCNN_GRU
+from spotter.explain.gradcam import MultiScaleGradCAM
+from spotter.model.network import TemporalCNN_GRU
 
 
 class FramesAsBatch(nn.Module):
@@ -42,7 +42,7 @@ def networks():
     torch.manual_seed(0)
     found = {}
     for name, options in {"b0": dict(use_multiscale=True), "b0_plain": dict(use_attention=False)}.items():
-        model = TemporalCNN_GRU(freeze_backbone=False, **options).train()
+        model = TemporalCNN_GRU(**options).train()
         with torch.no_grad(): model(torch.randn(2, 2, 3, 224, 224))
         nn.init.normal_(model.classifier[-1].weight)   # a fresh head hardly depends on its input
         found[name] = model.eval()

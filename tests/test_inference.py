@@ -17,10 +17,10 @@ import torch
 import typer
 
 from spotter import cli
-from spotter.checkpoint import save_model
-from spotter.inference import Detector
-from spotter.model import TemporalCNN_GRU
-from spotter.video import DamageWarning, read_frames
+from spotter.model.checkpoint import save_model
+from spotter.predict.detector import Detector
+from spotter.model.network import TemporalCNN_GRU
+from spotter.data.video import DamageWarning, read_frames
 
 FILM = Path(__file__).parents[1]/"data"/"original_sequences"/"youtube"/"c23"/"videos"/"000.mp4"
 SECONDS = 60   # for any file
@@ -30,7 +30,7 @@ SECONDS = 60   # for any file
 def detector(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint")/"random.safetensors"
-    save_model(TemporalCNN_GRU(freeze_backbone=False, use_multiscale=True, use_attention=True), path, frames=4)
+    save_model(TemporalCNN_GRU(use_multiscale=True, use_attention=True), path, frames=4)
     return Detector(path)
 
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_written_is_told(detector, frames, tmp_path, monkeypatch,
 
 CHILD = """
 import resource, sys
-from spotter.inference import Detector
+from spotter.predict.detector import Detector
 detector = Detector(sys.argv[1])
 for path, n in zip(sys.argv[2::2], map(int, sys.argv[3::2])):
     found = detector.analyze(path, heatmaps=False)

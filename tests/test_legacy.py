@@ -9,9 +9,9 @@ from efficientnet_pytorch import EfficientNet
 from safetensors.torch import save_file
 from torch import nn
 
-from spotter.checkpoint import inspect_checkpoint, load_model, save_model
-from spotter.legacy import FORMAT
-from spotter.pyramid import BACKBONES
+from spotter.model.checkpoint import inspect_checkpoint, load_model, save_model
+from spotter.model.legacy import OLD_FORMAT
+from spotter.model.pyramid import BACKBONES
 
 KINDS = {"b0": ("efficientnet-b0", False, False), "b0 with attention": ("efficientnet-b0", True, False),
          "b0 at several scales": ("efficientnet-b0", False, True), "b3 at several scales": ("efficientnet-b3", True, True)}
@@ -82,7 +82,7 @@ def test_old_networks_give_their_logits_again(old, wrapped, tmp_path):
     ours, info = load_model(path), inspect_checkpoint(path)
     with torch.no_grad(): torch.testing.assert_close(ours(clip), logits, rtol=0, atol=1e-4)
     assert logits.abs().max() > .01 and not ours.training
-    assert (info.backbone, info.use_multiscale, info.use_attention, info.format, info.image_size) == (backbone, False, attention, FORMAT, clip.shape[-1])
+    assert (info.backbone, info.use_multiscale, info.use_attention, info.format, info.image_size) == (backbone, False, attention, OLD_FORMAT, clip.shape[-1])
     assert (ours.temperature, ours.threshold) == (1, .5)
     assert [n for n in info.ignored if "fusion" in n] == [n for n in model.state_dict() if "fusion" in n] and bool(info.ignored) and info.missing == []
     assert set(info.ignored) - {n for n in model.state_dict() if "fusion" in n} <= {"backbone._fc.weight", "backbone._fc.bias"}

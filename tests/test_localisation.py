@@ -9,9 +9,15 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from spotter import localisation as L
-from spotter import metrics as M
-from spotter.audit import centre_prior, pixel_ap
+from spotter.evaluate.deletion import FILLS, deletion_curve
+from spotter.evaluate.evidence import draw_evidence, overlay
+from spotter.evaluate.figures import draw_by_method, draw_localisation
+from spotter.evaluate.heatmaps import best_median_worst, gains, localisation_summary, localisation_table
+from spotter.evaluate.references import centre_maps, face_maps, mean_face, noise_maps, perfect_maps
+from spotter.evaluate.tables import write_json
+from spotter.metrics.bootstrap import bootstrap_intervals, paired_differences
+from spotter.metrics.localisation import SCORES, choose_iou_threshold, localisation_by_frame, localisation_metrics, on_common_grid, on_grid, pointing_game, rank_scores, share_above_threshold, value_scores
+from spotter.evaluate.references import centre_prior, pixel_ap
 
 matplotlib.use("Agg")
 
@@ -21,7 +27,7 @@ def maps_and_masks(seed, frames=12, cells=14, pixels=90, ties=False):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:pixels, :pixels]/pixels
     masks = np.stack([(y - cy)**2 + (x - cx)**2 < r**2 for cy, cx, r in rng.uniform([.2, .2, .06], [.8, .8, .4], (frames, 3))])
-    maps = .5*L.perfect_maps(masks, cells) + rng.random((frames, cells, cells))
+    maps = .5*perfect_maps(masks, cells) + rng.random((frames, cells, cells))
     return np.round(maps, 1) if ties else maps, masks
 
 
@@ -32,7 +38,7 @@ def corpus(sources=("a", "b"), pairs=8, seed=0):
         hard = rng.normal(0, .1)
         for (t, s), m in itertools.product([(f"{2*k:03d}", f"{2*k + 1:03d}"), (f"{2*k + 1:03d}", f"{2*k:03d}")], ("Deepfakes", "NeuralTextures")):
             clip = dict(clip_id=f"{m}/{t}_{s}", label=1, method=m, strength=("hard", "obvious")[k % 2], target_id=t, source_id=s)
-            rows += [dict(source=n, **clip, frames=4, frames_without_mask=0) | {f: .5 + hard - .05*i + rng.normal(0, .03) for f in M.SCORES} for i, n in enumerate(sources)]
+            rows += [dict(source=n, **clip, frames=4, frames_without_mask=0) | {f: .5 + hard - .05*i + rng.normal(0, .03) for f in SCORES} for i, n in enumerate(sources)]
     return pd.DataFrame(rows)
 
 
@@ -40,8 +46,8 @@ def corpus(sources=("a", "b"), pairs=8, seed=0):
 @pytest.mark.parametrize("cells", [7, 10, 14, 28, 38, 75])
 def test_ranks_against_scikit_learn(cells, ties):
     maps, masks = maps_and_masks(cells, cells=cells, ties=ties)
-    h, m = M.on_common_grid(maps, masks)
-    found = M.frame_scores(maps, masks)
+    h, m = on_common_grid(maps, masks)
+    found = localisation_by_frame(maps, masks)
     assert h.shape == (12, 56*56)
     assert found.average_precision.tolist() == pytest.approx([average_precision_score(a, b) for a, b in zip(m, h)], abs=1e-12)
     assert found.auroc.tolist() == pytest.approx([roc_auc_score(a, b) for a, b in zip(m, h)], abs=1e-12)
@@ -52,15 +58,15 @@ def test_ties_count_with_their_expectation():
     values, hits = np.array([3, 2, 2, 2, 1, 1.]), np.array([0, 1, 0, 1, 1, 0], bool)
     orders = [o for o in itertools.permutations(range(6)) if (np.diff(values[list(o)]) <= 0).all()]
     top = np.mean([hits[list(o)[:3]].mean() for o in orders])
-    found = M.rank_scores(values[None], hits[None])
+    found = rank_scores(values[None], hits[None])
     assert found["rank_accuracy"][0] == pytest.approx(top)
     assert found["iou_at_area"][0] == pytest.approx(3*top/(6 - 3*top))
 
 
 @pytest.mark.parametrize("cells", [7, 14, 38])
 def test_rank_accuracy_and_its_iou_by_sorting(cells):
-    h, m = M.on_common_grid(*maps_and_masks(1, cells=cells))
-    found = M.rank_scores(h, m)
+    h, m = on_common_grid(*maps_and_masks(1, cells=cells))
+    found = rank_scores(h, m)
     for k, (values, mask) in enumerate(zip(h, m)):
         lit = np.zeros_like(mask)
         lit[np.argsort(-values)[:mask.sum()]] = True
@@ -71,31 +77,31 @@ def test_rank_accuracy_and_its_iou_by_sorting(cells):
 def test_grid():
     rng = np.random.default_rng(0)
     maps = rng.random((3, 7, 7)).astype(np.float32)
-    assert M.on_grid(maps, (56, 56)) == pytest.approx(np.stack([cv2.resize(m, (56, 56), interpolation=cv2.INTER_LINEAR) for m in maps]), abs=1e-6)
+    assert on_grid(maps, (56, 56)) == pytest.approx(np.stack([cv2.resize(m, (56, 56), interpolation=cv2.INTER_LINEAR) for m in maps]), abs=1e-6)
     masks = rng.random((3, 224, 224)) < .5
-    assert M.on_grid(masks, (56, 56)) == pytest.approx(masks.reshape(3, 56, 4, 56, 4).mean((2, 4)), abs=1e-6)
-    assert M.on_common_grid(maps, masks)[1].tolist() == (masks.reshape(3, 56, 4, 56, 4).sum((2, 4)) >= 8).reshape(3, -1).tolist()
-    assert M.on_common_grid(maps, masks[:, :20, :30])[0].shape == (3, 600)                             # no finer than the mask
-    for constant in (.1, .3, 1/3, .7): assert len(np.unique(M.on_grid(np.full((1, 38, 38), constant, np.float32), (56, 56)))) == 1
+    assert on_grid(masks, (56, 56)) == pytest.approx(masks.reshape(3, 56, 4, 56, 4).mean((2, 4)), abs=1e-6)
+    assert on_common_grid(maps, masks)[1].tolist() == (masks.reshape(3, 56, 4, 56, 4).sum((2, 4)) >= 8).reshape(3, -1).tolist()
+    assert on_common_grid(maps, masks[:, :20, :30])[0].shape == (3, 600)                             # no finer than the mask
+    for constant in (.1, .3, 1/3, .7): assert len(np.unique(on_grid(np.full((1, 38, 38), constant, np.float32), (56, 56)))) == 1
 
 
 def test_scores_do_not_depend_on_the_scale_of_a_map():
     maps, masks = maps_and_masks(2)
-    scaled = M.frame_scores(4*maps, masks, 2.)
-    assert scaled.to_numpy() == pytest.approx(M.frame_scores(maps, masks, .5).to_numpy(), abs=1e-6)
+    scaled = localisation_by_frame(4*maps, masks, 2.)
+    assert scaled.to_numpy() == pytest.approx(localisation_by_frame(maps, masks, .5).to_numpy(), abs=1e-6)
 
 
 def test_perfect_and_hopeless_maps():
     masks = maps_and_masks(3)[1]
     for map_, expected in ((masks*1., 1), (1. - masks, 0)):
-        found = M.frame_scores(map_, masks, .5, grid=90)
+        found = localisation_by_frame(map_, masks, .5, grid=90)
         for name in ("pointing", "energy", "auroc", "iou"): assert found[name].tolist() == [expected]*12
-    assert (M.frame_scores(masks*1., masks, .5, grid=90)[list(M.SCORES)] == 1).all(axis=None)
+    assert (localisation_by_frame(masks*1., masks, .5, grid=90)[list(SCORES)] == 1).all(axis=None)
 
 
 def test_a_map_of_zeros_points_nowhere():
     masks = maps_and_masks(3)[1]
-    found = M.frame_scores(np.zeros((12, 7, 7)), masks, .01)
+    found = localisation_by_frame(np.zeros((12, 7, 7)), masks, .01)
     for name in ("pointing", "energy", "iou"): assert (found[name] == 0).all()
     assert (found.auroc == .5).all() and found.average_precision.tolist() == pytest.approx(found.mask_share.tolist())
 
@@ -104,14 +110,14 @@ def test_pointing_game_looks_at_the_centre_of_the_highest_cell():
     maps, mask = np.zeros((4, 7, 7)), np.zeros((4, 70, 70), bool)
     mask[:, 30:40, 30:40] = True                                           # the cell in the middle
     maps[0, 3, 3], maps[1, 3, 4], maps[2, 3, 3:5] = 1, 1, 1
-    assert M.pointing_game(maps, mask).tolist() == [1, 0, .5, 0]
-    assert M.pointing_game(L.centre_maps(4), mask).tolist() == [1]*4
+    assert pointing_game(maps, mask).tolist() == [1, 0, .5, 0]
+    assert pointing_game(centre_maps(4), mask).tolist() == [1]*4
 
 
 @pytest.mark.parametrize("cells", [7, 14, 28])
 def test_noise_points_evenly(cells):
     rng = np.random.default_rng(0)
-    hits = M.pointing_game(rng.random((2000, cells, cells)), np.broadcast_to(np.arange(112)[:, None] < 56, (2000, 112, 112)))
+    hits = pointing_game(rng.random((2000, cells, cells)), np.broadcast_to(np.arange(112)[:, None] < 56, (2000, 112, 112)))
     assert hits.mean() == pytest.approx((np.arange(cells) + .5 < cells/2).mean(), abs=.05)
 
 
@@ -119,108 +125,108 @@ def test_frames_without_a_mask_are_left_out_and_counted():
     maps, masks = maps_and_masks(4)
     some = masks.copy()
     some[[2, 7]] = False
-    table, found = M.frame_scores(maps, some, .5), M.localisation_metrics(maps, some, .5)
+    table, found = localisation_by_frame(maps, some, .5), localisation_metrics(maps, some, .5)
     assert table.isna().any(axis=1).to_numpy().nonzero()[0].tolist() == [2, 7]
     rest = [k for k in range(12) if k not in (2, 7)]
-    expected = M.localisation_metrics(maps[rest], masks[rest], .5)
+    expected = localisation_metrics(maps[rest], masks[rest], .5)
     assert found == pytest.approx(expected | dict(frames_without_mask=2))
-    unseen = M.localisation_metrics(maps, 0*masks, .5)
-    assert (unseen["frames"], unseen["frames_without_mask"]) == (0, 12) and all(math.isnan(unseen[k]) for k in M.SCORES)
-    full = M.localisation_metrics(maps, np.ones_like(masks), .01)
+    unseen = localisation_metrics(maps, 0*masks, .5)
+    assert (unseen["frames"], unseen["frames_without_mask"]) == (0, 12) and all(math.isnan(unseen[k]) for k in SCORES)
+    full = localisation_metrics(maps, np.ones_like(masks), .01)
     assert math.isnan(full["auroc"]) and full["average_precision"] == full["energy"] == full["pointing"] == 1
 
 
 def test_a_score_without_a_threshold_is_not_guessed():
-    found = M.localisation_metrics(*maps_and_masks(0))
-    assert math.isnan(found["iou"]) and [k for k in found if k in M.SCORES] == list(M.SCORES)
+    found = localisation_metrics(*maps_and_masks(0))
+    assert math.isnan(found["iou"]) and [k for k in found if k in SCORES] == list(SCORES)
 
 
 def test_tensors_are_taken_as_they_are():
     maps, masks = maps_and_masks(5)
-    assert M.localisation_metrics(torch.tensor(maps), torch.tensor(masks), .5) == M.localisation_metrics(maps, masks, .5)
+    assert localisation_metrics(torch.tensor(maps), torch.tensor(masks), .5) == localisation_metrics(maps, masks, .5)
 
 
 @pytest.mark.parametrize("heatmaps, masks, message", [
     (np.ones((2, 7, 7)), np.ones((3, 9, 9), bool), "same frames"), (np.ones((7, 7)), np.ones((9, 9), bool), "same frames"), (np.ones((0, 7, 7)), np.ones((0, 9, 9), bool), "same frames"),
     (np.full((1, 7, 7), np.inf), np.ones((1, 9, 9), bool), "finite"), (-np.ones((1, 7, 7)), np.ones((1, 9, 9), bool), "at least 0"), (np.ones((1, 7, 7)), np.full((1, 9, 9), .4), "bool or 0/1")])
 def test_what_cannot_be_scored_is_refused(heatmaps, masks, message):
-    with pytest.raises(ValueError, match=message): M.localisation_metrics(heatmaps, masks)
+    with pytest.raises(ValueError, match=message): localisation_metrics(heatmaps, masks)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_threshold_against_trying_them_all(seed):
     maps, masks = maps_and_masks(seed, frames=6)
-    h, m = M.on_common_grid(maps, masks)
-    tried = max(M.value_scores(h, m, t)["iou"].mean() for t in np.quantile(h, np.linspace(0, 1, 1000)))
-    chosen = M.choose_iou_threshold(maps, masks)
-    assert chosen > 0 and M.localisation_metrics(maps, masks, chosen)["iou"] == pytest.approx(tried, abs=.005)
+    h, m = on_common_grid(maps, masks)
+    tried = max(value_scores(h, m, t)["iou"].mean() for t in np.quantile(h, np.linspace(0, 1, 1000)))
+    chosen = choose_iou_threshold(maps, masks)
+    assert chosen > 0 and localisation_metrics(maps, masks, chosen)["iou"] == pytest.approx(tried, abs=.005)
     sparse = np.concatenate([masks, np.zeros_like(masks)])
-    assert M.choose_iou_threshold(np.concatenate([maps, maps]), sparse) == chosen                      # frames without a mask have no say
+    assert choose_iou_threshold(np.concatenate([maps, maps]), sparse) == chosen                      # frames without a mask have no say
 
 
 def test_lit_share():
     maps = np.stack([np.zeros((8, 8)), np.ones((8, 8)), np.tile([1, 0], (8, 4))]).astype(float)
-    assert M.lit_share(maps, .5, grid=8).tolist() == [0, 1, .5]
+    assert share_above_threshold(maps, .5, grid=8).tolist() == [0, 1, .5]
     region = np.zeros((8, 8), bool)
     region[:, :1] = True
-    assert M.lit_share(maps, .5, region, grid=8).tolist() == [0, 1, 1]
-    assert M.lit_share(np.zeros((2, 7, 7)), M.choose_iou_threshold(*maps_and_masks(0))).tolist() == [0, 0]
+    assert share_above_threshold(maps, .5, region, grid=8).tolist() == [0, 1, 1]
+    assert share_above_threshold(np.zeros((2, 7, 7)), choose_iou_threshold(*maps_and_masks(0))).tolist() == [0, 0]
 
 
 def test_references():
     masks = maps_and_masks(6)[1]
-    assert M.frame_scores(L.centre_maps(12), masks).average_precision.tolist() == pytest.approx(pixel_ap(centre_prior(56), M.on_common_grid(L.centre_maps(12), masks)[1].reshape(12, 56, 56)))
-    assert L.mean_face(masks) == pytest.approx(M.on_grid(masks, (56, 56)).mean(0)) and L.face_maps(3, L.mean_face(masks)).shape == (3, 56, 56)
-    noise = M.frame_scores(L.noise_maps(12, 0), masks)
+    assert localisation_by_frame(centre_maps(12), masks).average_precision.tolist() == pytest.approx(pixel_ap(centre_prior(56), on_common_grid(centre_maps(12), masks)[1].reshape(12, 56, 56)))
+    assert mean_face(masks) == pytest.approx(on_grid(masks, (56, 56)).mean(0)) and face_maps(3, mean_face(masks)).shape == (3, 56, 56)
+    noise = localisation_by_frame(noise_maps(12, 0), masks)
     assert noise.auroc.mean() == pytest.approx(.5, abs=.03) and noise.energy.mean() == pytest.approx(noise.mask_share.mean(), abs=.02)
-    assert (L.noise_maps(2, [0, 1]) != L.noise_maps(2, [0, 2])).any() and (L.noise_maps(2, [0, 1]) == L.noise_maps(2, [0, 1])).all()
+    assert (noise_maps(2, [0, 1]) != noise_maps(2, [0, 2])).any() and (noise_maps(2, [0, 1]) == noise_maps(2, [0, 1])).all()
 
 
 def test_table_is_the_bootstrap_of_spotter_metrics():
     scores = corpus()
-    table = L.localisation_table(scores, 200, 3).set_index(["by", "group", "source", "score"])
+    table = localisation_table(scores, 200, 3).set_index(["by", "group", "source", "score"])
     for column, group, rows in [("all", "all", scores), ("method", "Deepfakes", scores[scores.method == "Deepfakes"]), ("strength", "hard", scores[scores.strength == "hard"])]:
         for source in ("a", "b"):
-            expected = M.bootstrap_intervals(rows[rows.source == source], lambda t: {k: t[k].mean() for k in M.SCORES}, 200, 3)
-            for score in M.SCORES: assert table.loc[(column, group, source, score), ["value", "lo", "hi"]].tolist() == pytest.approx(list(expected[score].values()))
+            expected = bootstrap_intervals(rows[rows.source == source], lambda t: {k: t[k].mean() for k in SCORES}, 200, 3)
+            for score in SCORES: assert table.loc[(column, group, source, score), ["value", "lo", "hi"]].tolist() == pytest.approx(list(expected[score].values()))
     assert len(table) == 5*2*7
 
 
 def test_gains_are_paired():
     scores = corpus()
     a, b = (scores[scores.source == n] for n in "ab")
-    found = L.gains(scores.sample(frac=1, random_state=0), "a", "b", 200, 3)
-    expected = M.paired_differences(a, b, lambda t: {k: t[k].mean() for k in M.SCORES}, 200, 3)
-    for score in M.SCORES:
+    found = gains(scores.sample(frac=1, random_state=0), "a", "b", 200, 3)
+    expected = paired_differences(a, b, lambda t: {k: t[k].mean() for k in SCORES}, 200, 3)
+    for score in SCORES:
         assert found.loc[score, ["difference", "difference_lo", "difference_hi"]].tolist() == pytest.approx(list(expected[score].values()))
         assert found.loc[score, "relative"] == pytest.approx(a[score].mean()/b[score].mean() - 1)
-        alone = L.localisation_table(scores, 200, 3).query("by == 'all' and source == 'a' and score == @score").iloc[0]
+        alone = localisation_table(scores, 200, 3).query("by == 'all' and source == 'a' and score == @score").iloc[0]
         assert found.loc[score, "difference_hi"] - found.loc[score, "difference_lo"] < alone.hi - alone.lo       # what both find hard cancels
 
 
 def test_what_is_undefined_stays_so():
     scores = corpus()
     scores["iou"] = np.nan
-    scores.loc[scores.clip_id == "Deepfakes/000_001", list(M.SCORES)] = np.nan                         # a clip whose mask is never in sight
-    table = L.localisation_table(scores, 50)
+    scores.loc[scores.clip_id == "Deepfakes/000_001", list(SCORES)] = np.nan                         # a clip whose mask is never in sight
+    table = localisation_table(scores, 50)
     assert table[table.score == "iou"].value.isna().all() and table[table.score == "auroc"][["value", "lo", "hi"]].notna().all(axis=None)
-    assert L.gains(scores, "a", "b", 50).loc["iou"].isna().all()
-    one_pair = L.localisation_table(scores[scores.target_id.isin(["002", "003"])], 20)
+    assert gains(scores, "a", "b", 50).loc["iou"].isna().all()
+    one_pair = localisation_table(scores[scores.target_id.isin(["002", "003"])], 20)
     assert one_pair.lo.isna().all() and one_pair[one_pair.score == "energy"].value.notna().all()
 
 
 def test_sources_must_be_scored_on_the_same_clips():
     scores = corpus()
-    with pytest.raises(ValueError, match="scored by one arm only"): L.localisation_table(scores[1:], 5)
-    with pytest.raises(ValueError, match="occurs twice"): L.localisation_table(pd.concat([scores, scores]), 5)
-    with pytest.raises(ValueError, match="no maps of 'c'"): L.gains(scores, "a", "c", 5)
+    with pytest.raises(ValueError, match="scored by one model only"): localisation_table(scores[1:], 5)
+    with pytest.raises(ValueError, match="occurs twice"): localisation_table(pd.concat([scores, scores]), 5)
+    with pytest.raises(ValueError, match="no maps of 'c'"): gains(scores, "a", "c", 5)
 
 
 def test_summary_goes_into_a_metrics_file(tmp_path):
-    table = L.localisation_table(corpus(), 50)
-    summary = L.localisation_summary(table)
-    M.write_json(tmp_path/"b0.json", dict(localisation=summary))
-    assert list(summary["b"]) == [*M.SCORES, "clips", "per_method", "per_strength"] and summary["b"]["per_strength"]["hard"]["clips"] == 16
+    table = localisation_table(corpus(), 50)
+    summary = localisation_summary(table)
+    write_json(tmp_path/"b0.json", dict(localisation=summary))
+    assert list(summary["b"]) == [*SCORES, "clips", "per_method", "per_strength"] and summary["b"]["per_strength"]["hard"]["clips"] == 16
     row = table.query("source == 'b' and by == 'method' and group == 'NeuralTextures' and score == 'iou'").iloc[0]
     assert summary["b"]["per_method"]["NeuralTextures"]["iou"] == dict(value=row.value, lo=row.lo, hi=row.hi)
 
@@ -228,13 +234,13 @@ def test_summary_goes_into_a_metrics_file(tmp_path):
 def test_shown_clips_are_chosen_by_score():
     scores = corpus()
     scores.loc[0, "energy"] = np.nan
-    shown = L.best_median_worst(scores, "a", "energy")
+    shown = best_median_worst(scores, "a", "energy")
     for method, rows in scores[(scores.source == "a") & scores.energy.notna()].groupby("method"):
         ordered = rows.energy.sort_values(ascending=False).tolist()
         assert shown[shown.method == method].energy.tolist() == [ordered[0], ordered[len(ordered)//2], ordered[-1]]
 
 
-@pytest.mark.parametrize("fill", list(L.FILLS))
+@pytest.mark.parametrize("fill", list(FILLS))
 @pytest.mark.parametrize("kind", ["array", "tensor"])
 def test_deletion_follows_the_map(fill, kind):
     "A detector that counts untouched pixels of a square of a sixteenth: its area is half of that if the square goes first, and half if the order is random."
@@ -247,23 +253,23 @@ def test_deletion_follows_the_map(fill, kind):
         assert type(x) is type(frames) and x.shape == frames.shape and x.dtype == frames.dtype
         x = x if kind == "array" else x[0].permute(0, 2, 3, 1).numpy()
         return (x == film).all(-1)[square].mean()
-    curve, area = L.deletion_curve(score, frames, square*1., steps=16, fill=fill)
+    curve, area = deletion_curve(score, frames, square*1., steps=16, fill=fill)
     assert curve.share.tolist() == [k/16 for k in range(17)] and curve.score.tolist() == pytest.approx([1] + [0]*16) and area == pytest.approx(1/32)
-    assert L.deletion_curve(score, frames, L.noise_maps(2, 0, 64), 16, fill)[1] == pytest.approx(.5, abs=.05)
-    assert L.deletion_curve(score, frames, np.zeros((2, 7, 7)), 16, fill)[1] == pytest.approx(.5, abs=.05)         # ties go in random order
+    assert deletion_curve(score, frames, noise_maps(2, 0, 64), 16, fill)[1] == pytest.approx(.5, abs=.05)
+    assert deletion_curve(score, frames, np.zeros((2, 7, 7)), 16, fill)[1] == pytest.approx(.5, abs=.05)         # ties go in random order
     assert (film == np.random.default_rng(0).random((2, 64, 64, 3)).astype(np.float32)).all()                     # the frames themselves are left alone
 
 
 def test_figures_draw_what_they_are_given():
-    table = L.localisation_table(corpus(("fine", "mid", "semantic", "fused", "centre")), 20)
-    assert [a.get_title("left") for a in L.draw_localisation(table).axes if a.axison] == list(M.SCORES.values())
-    by_method = L.draw_by_method(table)
+    table = localisation_table(corpus(("fine", "mid", "semantic", "fused", "centre")), 20)
+    assert [a.get_title("left") for a in draw_localisation(table).axes if a.axison] == list(SCORES.values())
+    by_method = draw_by_method(table)
     assert [t.get_text() for t in by_method.axes[0].get_yticklabels()] == ["all (32)", "Deepfakes (16)", "NeuralTextures (16)", "hard (16)", "obvious (16)"]
     frames, masks = np.full((3, 64, 64, 3), 99, np.uint8), np.zeros((3, 64, 64), bool)
     masks[:2, 10:30, 10:30] = True
-    figure = L.draw_evidence(frames, masks, {"fused": np.random.default_rng(0).random((3, 28, 28))})
+    figure = draw_evidence(frames, masks, {"fused": np.random.default_rng(0).random((3, 28, 28))})
     assert [len(a.texts) for a in figure.axes[6:9]] == [1, 1, 0] and figure.axes[-1].get_ylim() == (0, 1)
-    dark, bright = (L.overlay(frames, np.full((3, 7, 7), v)) for v in (0, 1))
+    dark, bright = (overlay(frames, np.full((3, 7, 7), v)) for v in (0, 1))
     assert np.ptp(dark) == 0 and bright[0, 0, 0].sum() > dark[0, 0, 0].sum()
-    with pytest.raises(ValueError, match=r"scale them to \[0, 1\]"): L.draw_evidence(frames, masks, {"raw": np.full((3, 7, 7), 2.)})
+    with pytest.raises(ValueError, match=r"scale them to \[0, 1\]"): draw_evidence(frames, masks, {"raw": np.full((3, 7, 7), 2.)})
     matplotlib.pyplot.close("all")

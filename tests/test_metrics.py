@@ -9,7 +9,11 @@ from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import (accuracy_score, average_precision_score, balanced_accuracy_score, brier_score_loss, f1_score, recall_score, roc_auc_score)
 
-from spotter import metrics as M
+from spotter.evaluate.tables import coverage, metrics_by_group, model_metrics, overall_metrics, prediction_table, read_predictions, write_json, write_predictions
+from spotter.metrics.bootstrap import bootstrap_intervals, identity_units, paired_differences, significance
+from spotter.metrics.calibration import CALIBRATION_BINS, TEMPERATURE_BOUNDS, calibration_table, fit_temperature
+from spotter.metrics.classification import classification_metrics
+from spotter.metrics.threshold import choose_threshold, mean_f1
 
 
 def scores(seed, n=80, ties=False):
@@ -20,7 +24,7 @@ def scores(seed, n=80, ties=False):
     return y, np.round(p, 1) if ties else p
 
 
-def arm(skill=1.5, pairs=12, seed=0):
+def key(skill=1.5, pairs=12, seed=0):
     "A prediction table of `pairs` pairs of identities: two reals and eight fakes each."
     rng, rows = np.random.default_rng(seed), []
     for k in range(pairs):
@@ -29,7 +33,7 @@ def arm(skill=1.5, pairs=12, seed=0):
         rows += [(f"{m}/{t}_{s}", 1, m, t, s, hardness) for m in ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures") for t, s in ((a, b), (b, a))]
     clips = pd.DataFrame(rows, columns=["clip_id", "label", "method", "target_id", "source_id", "hardness"]).assign(strength="", compression="c23")
     z = (2*clips.label - 1)*(skill/2 - .4*clips.hardness) + rng.normal(size=len(clips))
-    return M.prediction_table(clips, np.stack([-z, z], 1), 1., .5)
+    return prediction_table(clips, np.stack([-z, z], 1), 1., .5)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -40,7 +44,7 @@ def test_against_scikit_learn(seed, ties, threshold):
     verdict = (p >= threshold).astype(int)
     expected = dict(accuracy=accuracy_score(y, verdict), balanced_accuracy=balanced_accuracy_score(y, verdict), real_recall=recall_score(y, verdict, pos_label=0),
                     fake_recall=recall_score(y, verdict, pos_label=1), auc=roc_auc_score(y, p), average_precision=average_precision_score(y, p), brier=brier_score_loss(y, p))
-    found = M.classification_metrics(y, p, threshold)
+    found = classification_metrics(y, p, threshold)
     assert list(found) == ["accuracy", "balanced_accuracy", "real_recall", "fake_recall", "auc", "average_precision", "eer", "ece", "brier"]
     assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-12)
 
@@ -48,7 +52,7 @@ def test_against_scikit_learn(seed, ties, threshold):
 def test_per_class_recall_does_not_depend_on_the_order_of_rows():
     y, p = scores(3)
     order = np.random.default_rng(0).permutation(len(y))
-    assert M.classification_metrics(y[order], p[order]) == pytest.approx(M.classification_metrics(y, p), abs=1e-12)
+    assert classification_metrics(y[order], p[order]) == pytest.approx(classification_metrics(y, p), abs=1e-12)
 
 
 def brute_force_eer(y, p):
@@ -63,49 +67,49 @@ def brute_force_eer(y, p):
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_error_rate_against_brute_force(seed, ties):
     y, p = scores(seed, n=40, ties=ties)
-    assert M.classification_metrics(y, p)["eer"] == pytest.approx(brute_force_eer(y, p), abs=1e-3)
+    assert classification_metrics(y, p)["eer"] == pytest.approx(brute_force_eer(y, p), abs=1e-3)
 
 
 def test_calibration_error_by_hand():
     # (0.2, 0.3] holds .22 .28 with one fake: |.25 - .5|; (0.7, 0.8] holds .75 .75 .8 with three: |.766667 - 1|; (0.9, 1] holds 1.0, a fake: 0
     y, p = [0, 1, 1, 1, 1, 1], [.22, .28, .75, .75, .8, 1.]
-    assert M.classification_metrics(y, p)["ece"] == pytest.approx((2*.25 + 3*(1 - 2.3/3) + 0)/6)
-    assert M.calibration_table(y, p).n.tolist() == [2, 3, 1]
+    assert classification_metrics(y, p)["ece"] == pytest.approx((2*.25 + 3*(1 - 2.3/3) + 0)/6)
+    assert calibration_table(y, p).n.tolist() == [2, 3, 1]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_calibration_bins_are_those_of_scikit_learn(seed):
     y, p = scores(seed, n=200)
-    fakes, mean = calibration_curve(y, p, n_bins=M.CALIBRATION_BINS)
-    table = M.calibration_table(y, p)
+    fakes, mean = calibration_curve(y, p, n_bins=CALIBRATION_BINS)
+    table = calibration_table(y, p)
     np.testing.assert_allclose(table.fake_share, fakes); np.testing.assert_allclose(table.mean_p_fake, mean)
 
 
 def test_an_absent_class_leaves_nan_and_nothing_made_up():
     for label, missing in ((1, "real_recall"), (0, "fake_recall")):
-        found = M.classification_metrics([label]*3, [.2, .6, .9])
+        found = classification_metrics([label]*3, [.2, .6, .9])
         assert {k for k, v in found.items() if math.isnan(v)} == {missing, "balanced_accuracy", "auc", "average_precision", "eer"}
 
 
 @pytest.mark.parametrize("y, p, words", [([0, 1], [.1, math.nan], "not finite"), ([0, 1], [.1, math.inf], "not finite"), ([0, 1, 1], [.1, .2], "shape"),
                                          ([0, 1], [.1, 1.2], "probabilities"), ([0, 2], [.1, .2], "labels"), ([], [], "no clips")])
 def test_bad_scores_are_refused(y, p, words):
-    with pytest.raises(ValueError, match=words): M.classification_metrics(y, p)
+    with pytest.raises(ValueError, match=words): classification_metrics(y, p)
 
 
 def test_identity_units_are_pairs():
-    table = arm(pairs=3)
-    units = M.identity_units(table)
+    table = key(pairs=3)
+    units = identity_units(table)
     assert units.value_counts().to_dict() == {"000": 10, "002": 10, "004": 10}
     shuffled = table.sample(frac=1, random_state=0)
-    pd.testing.assert_series_equal(M.identity_units(shuffled).sort_index(), units)
+    pd.testing.assert_series_equal(identity_units(shuffled).sort_index(), units)
 
 
 def test_identity_units_join_chains_and_refuse_numbers():
     chain = pd.DataFrame(dict(target_id=["a", "b", "c", "d", "e"], source_id=["b", "c", None, "", math.nan]))
-    assert M.identity_units(chain).tolist() == ["a", "a", "a", "d", "e"]
-    with pytest.raises(ValueError, match="numbers"): M.identity_units(pd.DataFrame(dict(target_id=[0, 1], source_id=[1., math.nan])))
-    with pytest.raises(ValueError, match="without a target_id"): M.identity_units(chain.assign(target_id=None))
+    assert identity_units(chain).tolist() == ["a", "a", "a", "d", "e"]
+    with pytest.raises(ValueError, match="numbers"): identity_units(pd.DataFrame(dict(target_id=[0, 1], source_id=[1., math.nan])))
+    with pytest.raises(ValueError, match="without a target_id"): identity_units(chain.assign(target_id=None))
 
 
 def hits(n, share, copies=1):
@@ -119,7 +123,7 @@ share_of_hits = lambda table: dict(share=float(table.hit.mean()))
 
 @pytest.mark.parametrize("n, share", [(50, .6), (100, .8), (200, .5)])
 def test_interval_of_a_proportion_is_near_the_exact_one(n, share):
-    found = M.bootstrap_intervals(hits(n, share), share_of_hits, 2000, 0)["share"]
+    found = bootstrap_intervals(hits(n, share), share_of_hits, 2000, 0)["share"]
     exact = binomtest(round(share*n), n).proportion_ci(.95, method="wilson")
     assert found["value"] == pytest.approx(share)
     assert (found["lo"], found["hi"]) == pytest.approx((exact.low, exact.high), abs=.025)
@@ -129,13 +133,13 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(150):
         table = hits(60, .5).assign(hit=rng.random(60) < .7)
-        found = M.bootstrap_intervals(table, share_of_hits, 150, trial)["share"]
+        found = bootstrap_intervals(table, share_of_hits, 150, trial)["share"]
         covered += found["lo"] <= .7 <= found["hi"]
     assert .88 <= covered/150 <= .99
 
 
 def test_copies_of_a_person_add_no_evidence():
-    width = lambda table: (lambda i: i["hi"] - i["lo"])(M.bootstrap_intervals(table, share_of_hits, 2000, 0)["share"])
+    width = lambda table: (lambda i: i["hi"] - i["lo"])(bootstrap_intervals(table, share_of_hits, 2000, 0)["share"])
     copied = hits(40, .7, copies=4)
     as_if_independent = copied.assign(target_id=[f"{i:03d}" for i in range(len(copied))])
     assert width(copied) == pytest.approx(width(hits(40, .7)))
@@ -143,16 +147,16 @@ def test_copies_of_a_person_add_no_evidence():
 
 
 def test_undefined_intervals():
-    one = M.bootstrap_intervals(hits(1, 1, copies=5), share_of_hits, 20, 0)["share"]
+    one = bootstrap_intervals(hits(1, 1, copies=5), share_of_hits, 20, 0)["share"]
     assert one["value"] == 1 and math.isnan(one["lo"]) and math.isnan(one["hi"])
-    only_fakes = M.bootstrap_intervals(arm().query("label == 1"), M.overall_figures, 50, 0)
+    only_fakes = bootstrap_intervals(key().query("label == 1"), overall_metrics, 50, 0)
     assert all(math.isnan(v) for v in only_fakes["auc"].values()) and math.isfinite(only_fakes["fake_recall"]["lo"])
 
 
 def test_shuffled_rows_give_the_same_file(tmp_path):
-    table = arm()
+    table = key()
     for name, rows in (("a", table), ("b", table.sample(frac=1, random_state=1))):
-        M.write_json(tmp_path/f"{name}.json", M.arm_metrics(rows, table[:0], 1., .5, 100, 0))
+        write_json(tmp_path/f"{name}.json", model_metrics(rows, table[:0], 1., .5, 100, 0))
     assert (tmp_path/"a.json").read_bytes() == (tmp_path/"b.json").read_bytes()
     stored = json.loads((tmp_path/"a.json").read_text())
     assert stored["n"] == {"clips": 120, "real": 24, "fake": 96, "units": 12}
@@ -160,25 +164,25 @@ def test_shuffled_rows_give_the_same_file(tmp_path):
 
 
 def test_an_arm_does_not_differ_from_itself():
-    table = arm()
-    for figure in M.paired_differences(table, table.sample(frac=1, random_state=0), M.overall_figures, 100, 0).values():
+    table = key()
+    for figure in paired_differences(table, table.sample(frac=1, random_state=0), overall_metrics, 100, 0).values():
         assert list(figure.values()) == pytest.approx([0, 0, 0], abs=1e-12)
-        assert M.verdict(figure) == "cannot be told from noise"
+        assert significance(figure) == "cannot be told from noise"
 
 
 def test_paired_differences_have_the_sign_of_a_minus_b_and_are_narrower_than_unpaired_ones():
-    a, b = arm(2.), arm(1.6)
-    found = M.paired_differences(a, b, M.overall_figures, 400, 0)["auc"]
-    assert found["value"] == pytest.approx(roc_auc_score(a.label, a.p_fake) - roc_auc_score(b.label, b.p_fake)) and M.verdict(found) == "higher"
-    assert M.verdict(M.paired_differences(b, a, M.overall_figures, 400, 0)["auc"]) == "lower"
-    alone = M.bootstrap_intervals(a, M.overall_figures, 400, 0)["auc"]
+    a, b = key(2.), key(1.6)
+    found = paired_differences(a, b, overall_metrics, 400, 0)["auc"]
+    assert found["value"] == pytest.approx(roc_auc_score(a.label, a.p_fake) - roc_auc_score(b.label, b.p_fake)) and significance(found) == "higher"
+    assert significance(paired_differences(b, a, overall_metrics, 400, 0)["auc"]) == "lower"
+    alone = bootstrap_intervals(a, overall_metrics, 400, 0)["auc"]
     assert found["hi"] - found["lo"] < alone["hi"] - alone["lo"]
 
 
 def test_different_clips_cannot_be_paired():
-    table = arm()
-    with pytest.raises(ValueError, match="one arm only"): M.paired_differences(table, table[1:], M.overall_figures, 10, 0)
-    with pytest.raises(ValueError, match="labels"): M.paired_differences(table, table.assign(label=1 - table.label), M.overall_figures, 10, 0)
+    table = key()
+    with pytest.raises(ValueError, match="one model only"): paired_differences(table, table[1:], overall_metrics, 10, 0)
+    with pytest.raises(ValueError, match="labels"): paired_differences(table, table.assign(label=1 - table.label), overall_metrics, 10, 0)
 
 
 @pytest.mark.parametrize("scale", [.5, 1., 4.])
@@ -186,22 +190,22 @@ def test_temperature_recovers_a_known_scaling(scale):
     rng = np.random.default_rng(0)
     z = rng.normal(0, 1.5, (20000, 2))
     y = (rng.random(len(z)) < softmax(z, axis=1)[:, 1]).astype(int)
-    assert M.fit_temperature(scale*z, y) == pytest.approx(scale, rel=.05)
+    assert fit_temperature(scale*z, y) == pytest.approx(scale, rel=.05)
 
 
 def test_temperature_stays_within_its_bounds():
     right = np.array([[1., -1.], [-1., 1.]])
-    assert M.fit_temperature(right, [0, 1]) == pytest.approx(M.TEMPERATURE_BOUNDS[0], rel=1e-3)
-    assert M.fit_temperature(right, [1, 0]) == pytest.approx(M.TEMPERATURE_BOUNDS[1], rel=1e-3)
-    with pytest.raises(ValueError, match="finite"): M.fit_temperature(right*math.nan, [0, 1])
+    assert fit_temperature(right, [0, 1]) == pytest.approx(TEMPERATURE_BOUNDS[0], rel=1e-3)
+    assert fit_temperature(right, [1, 0]) == pytest.approx(TEMPERATURE_BOUNDS[1], rel=1e-3)
+    with pytest.raises(ValueError, match="finite"): fit_temperature(right*math.nan, [0, 1])
 
 
 def test_threshold_by_hand():
-    assert M.choose_threshold([0, 0, 1, 1], [.1, .3, .6, .9]) == .45
-    assert M.choose_threshold([1, 0, 1, 0], [.9, .3, .6, .1]) == .45                  # the order of the clips does not matter
-    assert M.choose_threshold([0, 0, 1, 1, 1], [.1, .5, .3, .6, .9]) == .55
-    assert M.choose_threshold([0, 1, 0, 1], [.2, .4, .6, .9]) == .75                  # a tie: the wider interval
-    with pytest.raises(ValueError, match="both"): M.choose_threshold([0, 0], [.1, .2])
+    assert choose_threshold([0, 0, 1, 1], [.1, .3, .6, .9]) == .45
+    assert choose_threshold([1, 0, 1, 0], [.9, .3, .6, .1]) == .45                  # the order of the clips does not matter
+    assert choose_threshold([0, 0, 1, 1, 1], [.1, .5, .3, .6, .9]) == .55
+    assert choose_threshold([0, 1, 0, 1], [.2, .4, .6, .9]) == .75                  # a tie: the wider interval
+    with pytest.raises(ValueError, match="both"): choose_threshold([0, 0], [.1, .2])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -209,33 +213,33 @@ def test_no_threshold_beats_the_chosen_one(seed):
     y, p = scores(seed, n=30, ties=seed % 2)
     p = np.round(p, 6)
     best = max(f1_score(y, p >= t, average="macro", zero_division=0) for t in {*p, 1.1})    # verdicts change at scores only
-    assert M.mean_f1(y, p >= M.choose_threshold(y, p)) >= best - 1e-12
+    assert mean_f1(y, p >= choose_threshold(y, p)) >= best - 1e-12
 
 
 def test_prediction_tables_survive_the_disk(tmp_path):
-    clips = arm().drop(columns=["p_fake", "prediction"])
+    clips = key().drop(columns=["p_fake", "prediction"])
     z = np.random.default_rng(0).normal(0, 3, (len(clips), 2))
-    table = M.prediction_table(clips, z, 1.7, .43123456789)
-    M.write_predictions(table, tmp_path/"predictions_b0.csv")
-    back = M.read_predictions(tmp_path/"predictions_b0.csv")
+    table = prediction_table(clips, z, 1.7, .43123456789)
+    write_predictions(table, tmp_path/"predictions_b0.csv")
+    back = read_predictions(tmp_path/"predictions_b0.csv")
     assert list(back) == ["clip_id", "label", "method", "strength", "compression", "target_id", "source_id", "p_fake", "prediction"]
     np.testing.assert_array_equal(back.p_fake, table.p_fake)
     np.testing.assert_array_equal(back.prediction, (back.p_fake >= .431235).astype(int))
     np.testing.assert_allclose(back.set_index("clip_id").p_fake[clips.clip_id], softmax(z/1.7, axis=1)[:, 1], atol=5.1e-7)
     assert back.target_id.iloc[0] == "000" and back.source_id[back.label == 0].isna().all()
     outsider = pd.read_csv(tmp_path/"predictions_b0.csv")
-    assert roc_auc_score(outsider.label, outsider.p_fake) == pytest.approx(M.overall_figures(back)["auc"])
+    assert roc_auc_score(outsider.label, outsider.p_fake) == pytest.approx(overall_metrics(back)["auc"])
 
 
 def test_groups_are_measured_against_the_reals():
-    table = arm()
-    found = M.group_metrics(table, "method", 50, 0)
+    table = key()
+    found = metrics_by_group(table, "method", 50, 0)
     rows = table[(table.method == "FaceSwap") | (table.label == 0)]
     assert found["FaceSwap"]["auc"]["value"] == pytest.approx(roc_auc_score(rows.label, rows.p_fake))
     assert found["FaceSwap"]["fake_recall"]["value"] == pytest.approx(recall_score(rows.label, rows.prediction))
-    assert found["FaceSwap"]["fakes"] == 24 and M.group_metrics(table, "strength", 50, 0) == {}
+    assert found["FaceSwap"]["fakes"] == 24 and metrics_by_group(table, "strength", 50, 0) == {}
 
 
 def test_coverage_counts_what_was_left_out():
-    table = arm(pairs=2)
-    assert M.coverage(table[3:], table[:3]) == {"real": {"scored": 4, "total": 4}, "fake": {"scored": 13, "total": 16}}
+    table = key(pairs=2)
+    assert coverage(table[3:], table[:3]) == {"real": {"scored": 4, "total": 4}, "fake": {"scored": 13, "total": 16}}

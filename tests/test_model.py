@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spotter.model import TemporalCNN_GRU
-from spotter.pyramid import BACKBONES, MultiScaleFeatureExtractor, SCALES
+from spotter.model.network import TemporalCNN_GRU
+from spotter.model.pyramid import BACKBONES, MultiScaleFeatureExtractor, SCALES
 
 GRIDS = {"efficientnet-b0": dict(fine=28, mid=14, semantic=7), "efficientnet-b3": dict(fine=38, mid=19, semantic=10)}
 PARAMETERS = {"efficientnet-b0": (15e6, 19.5e6), "efficientnet-b3": (22e6, 28.5e6)}
@@ -16,7 +16,7 @@ def count(module): return sum(p.numel() for p in module.parameters())
 
 def full_model(backbone, **kwargs):
     torch.manual_seed(0)
-    return TemporalCNN_GRU(**dict(backbone=backbone, use_multiscale=True, use_attention=True, freeze_backbone=False) | kwargs)
+    return TemporalCNN_GRU(**dict(backbone=backbone, use_multiscale=True, use_attention=True) | kwargs)
 
 
 def settle(model, size):

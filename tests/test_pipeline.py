@@ -11,13 +11,13 @@ import pytest
 import yaml
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
-from spotter.datasets import index_dataset
+from spotter.data.corpora import index_dataset
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("b0_plain", "b0", "b3")
 PAIRS = dict(train=2, val=1, test=2)
-RUNS = {"b0_plain-seed1": dict(arm="b0_plain", seed=1, pairs=0, without=""), "b0-seed1": dict(arm="b0", seed=1, pairs=0, without=""), "b3-seed1": dict(arm="b3", seed=1, pairs=0, without=""),
-        "b0-without-FaceSwap": dict(arm="b0", seed=0, pairs=0, without="FaceSwap"), "b0-pairs1": dict(arm="b0", seed=0, pairs=1, without="")}
+RUNS = {"b0_plain-seed1": dict(key="b0_plain", seed=1, pairs=0, without=""), "b0-seed1": dict(key="b0", seed=1, pairs=0, without=""), "b3-seed1": dict(key="b3", seed=1, pairs=0, without=""),
+        "b0-without-FaceSwap": dict(key="b0", seed=0, pairs=0, without="FaceSwap"), "b0-pairs1": dict(key="b0", seed=0, pairs=1, without="")}
 
 
 def subset(source: Path, out: Path):
@@ -42,7 +42,7 @@ def tiny(settings: dict) -> dict:
     settings["clips"].update(frames=2, eval_frames=2)
     settings["train"].update(workers=0, warmup_steps=0, grow_epochs=0)
     settings["evaluate"]["resamples"] = 50
-    for arm in settings["arms"].values(): arm.update(image_size=64, batch_size=2, epochs=1, steps_per_epoch=2)
+    for key in settings["arms"].values(): key.update(image_size=64, batch_size=2, epochs=1, steps_per_epoch=2)
     return settings
 
 
@@ -69,17 +69,17 @@ def project(tmp_path_factory):
 
 
 def test_everything_is_there(project):
-    for arm in ARMS:
-        for name in (f"checkpoints/{arm}/best.safetensors", f"checkpoints/{arm}/last.safetensors", f"metrics/{arm}.json", f"metrics/predictions_{arm}.csv",
-                     f"metrics/training/{arm}/metrics.json", f"metrics/localisation_{arm}.csv", f"reports/heatmaps_{arm}.jpg", f"reports/train_{arm}.ipynb", f"reports/html/evaluate_{arm}.html"):
+    for key in ARMS:
+        for name in (f"checkpoints/{key}/best.safetensors", f"checkpoints/{key}/last.safetensors", f"metrics/{key}.json", f"metrics/predictions_{key}.csv",
+                     f"metrics/training/{key}/metrics.json", f"metrics/localisation_{key}.csv", f"reports/heatmaps_{key}.jpg", f"reports/train_{key}.ipynb", f"reports/html/evaluate_{key}.html"):
             assert (project/name).is_file(), name
     for name in ("metrics/comparison.json", "metrics/localisation.csv", "metrics/excluded.csv", "metrics/audit.csv", "metrics/audit.json", "reports/html/audit.html", "reports/html/compare.html", "reports/html/prepare.html"): assert (project/name).is_file(), name
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_an_outsider_gets_the_same_figures(project, arm):
-    table = pd.read_csv(project/"metrics"/f"predictions_{arm}.csv", dtype=dict(target_id=str, source_id=str))
-    figures = json.loads((project/"metrics"/f"{arm}.json").read_text())
+def test_an_outsider_gets_the_same_figures(project, key):
+    table = pd.read_csv(project/"metrics"/f"predictions_{key}.csv", dtype=dict(target_id=str, source_id=str))
+    figures = json.loads((project/"metrics"/f"{key}.json").read_text())
     recalls = recall_score(table.label, table.prediction, average=None)
     assert figures["accuracy"]["value"] == pytest.approx(accuracy_score(table.label, table.prediction), abs=1e-6)
     assert (figures["real_recall"]["value"], figures["fake_recall"]["value"]) == pytest.approx(tuple(recalls), abs=1e-6)
@@ -87,13 +87,13 @@ def test_an_outsider_gets_the_same_figures(project, arm):
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_localisation_figures_are_those_of_the_table(project, arm):
-    table = pd.read_csv(project/"metrics"/f"localisation_{arm}.csv", dtype=dict(target_id=str, source_id=str))
-    figures = json.loads((project/"metrics"/f"{arm}.json").read_text())["localisation"]
+def test_the_localisation_figures_are_those_of_the_table(project, key):
+    table = pd.read_csv(project/"metrics"/f"localisation_{key}.csv", dtype=dict(target_id=str, source_id=str))
+    figures = json.loads((project/"metrics"/f"{key}.json").read_text())["localisation"]
     for source, rows in table[table.label == 1].groupby("source"):
         for score in ("average_precision", "pointing", "energy", "iou"): assert figures["maps"][source][score]["value"] == pytest.approx(rows[score].mean(), abs=2e-6), (source, score)
     for source, rows in table[table.label == 0].groupby("source"): assert figures["lit_on_real"][source]["value"] == pytest.approx(rows.lit.mean(), abs=2e-6), source
-    assert {"fine", "mid", "semantic", "fused", "centre", "face", "noise", "random weights"} <= set(table.source) and ("mask head" in set(table.source)) == (arm != "b0_plain")
+    assert {"fine", "mid", "semantic", "fused", "centre", "face", "noise", "random weights"} <= set(table.source) and ("mask head" in set(table.source)) == (key != "b0_plain")
 
 
 def test_only_the_test_split_is_scored(project):
@@ -146,12 +146,12 @@ def test_results_of_many_trainings(project):
     run(project, "dvc", "repro", "results/dvc.yaml")
     assert "up to date" in run(project, "dvc", "repro", "results/dvc.yaml")
     seeds = pd.read_csv(project/"metrics"/"results_seeds.csv").set_index(["name", "figure"])
-    for arm in ARMS:
-        tables = [pd.read_csv(project/"metrics"/name) for name in (f"predictions_{arm}.csv", f"results/predictions_{arm}-seed1.csv")]
+    for key in ARMS:
+        tables = [pd.read_csv(project/"metrics"/name) for name in (f"predictions_{key}.csv", f"results/predictions_{key}-seed1.csv")]
         aucs = [roc_auc_score(t.label, t.p_fake) for t in tables]
-        assert seeds.loc[(arm, "auc"), "value"] == pytest.approx(sum(aucs)/2, abs=1e-6)
-        assert seeds.loc[(arm, "auc"), "spread"] == pytest.approx(abs(aucs[0] - aucs[1])/2**.5, abs=1e-6)
-        coarse = pd.read_csv(project/"metrics"/f"predictions_{arm}_c40.csv")
+        assert seeds.loc[(key, "auc"), "value"] == pytest.approx(sum(aucs)/2, abs=1e-6)
+        assert seeds.loc[(key, "auc"), "spread"] == pytest.approx(abs(aucs[0] - aucs[1])/2**.5, abs=1e-6)
+        coarse = pd.read_csv(project/"metrics"/f"predictions_{key}_c40.csv")
         assert set(coarse.compression) == {"c40"} and len(coarse) == len(tables[0]) and set(coarse.clip_id).isdisjoint(tables[0].clip_id)
     assert set(pd.read_csv(project/"metrics"/"results_groups.csv").group) >= {"c23: all", "c40: all", "c40: Deepfakes", "c23: hard"}
     unseen = pd.read_csv(project/"metrics"/"results_unseen.csv").set_index(["method", "training"]).value

@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 
 from spotter.cli import app
 from spotter.core import find_root
-from spotter.datasets import index_dataset
-from spotter.heads import load_template, sample_identity, shape_head
-from spotter.manipulations import GRADES, METHODS, draw_recipe
-from spotter.synth import (Job, check_set, choose_jobs, clip_path, job_files, levels, make_clips, make_settings, plan_jobs, plan_manifest, proof_path,
-                           read_settings, synthesise)
+from spotter.data.corpora import index_dataset
+from spotter.synth.heads import load_template, sample_identity, shape_head
+from spotter.synth.manipulations import STRENGTHS, METHODS, draw_recipe
+from spotter.synth.dataset import Job, check_set, choose_jobs, clip_path, job_files, levels, make_clips, make_settings, plan_jobs, plan_manifest, proof_path, read_settings, synthesise
 
 DATA = find_root(Path(__file__).parent)/"data"
 bundled = pytest.mark.skipif(not (DATA/"manifest.csv").exists(), reason=f"{DATA} holds no data set: `dvc pull data` fetches it, `spotter synth` renders it")
@@ -73,7 +72,7 @@ def test_counts_per_split_method_and_grade():
     counts = table.groupby(["split", "method"]).size().unstack()
     for split, pairs in PAIRS.items(): assert counts.loc[split].to_dict() == {"youtube": 2*pairs} | {m: pairs for m in METHODS}
     fakes = table[table.method != "youtube"].assign(forward=lambda d: d.name.str[:3] < d.name.str[4:])
-    assert set(fakes.strength) == set(GRADES)
+    assert set(fakes.strength) == set(STRENGTHS)
     for by in (["split", "method"], ["split", "method", "forward"]):          # grades tell neither the method nor the direction
         grades = pd.crosstab([fakes[c] for c in by], fakes.strength)
         assert (grades.max(axis=1) - grades.min(axis=1)).max() <= 1, grades
@@ -146,7 +145,7 @@ def settings(reference): return read_settings(reference)
 
 def test_the_tiny_set_is_complete(reference, settings):
     made = plan_manifest(settings)
-    assert settings == make_settings(fps=25, grades=GRADES, **TINY) and settings.version == 4
+    assert settings == make_settings(fps=25, grades=STRENGTHS, **TINY) and settings.version == 4
     assert set(videos(reference)) == listed(made) == {f for files in jobs_of(settings) for f in files if f.endswith(".mp4")}
     for row in fakes_of(reference):
         fake, original, mask = paths(reference, row)

@@ -1,0 +1,5 @@
+"From a video file to a verdict with heatmaps. A public name is imported when it is first used."
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "detector": ["Analysis", "Detector"]})

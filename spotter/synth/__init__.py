@@ -1,0 +1,5 @@
+"The bundled corpus: rendered heads of synthetic identities. A public name is imported when it is first used."
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "dataset": ["check_set", "synthesise"]})

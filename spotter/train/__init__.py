@@ -1,0 +1,6 @@
+"Losses, schedule, and a training loop that can be killed and resumed. A public name is imported when it is first used."
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "losses": ["FocalLoss"],
+    "loop": ["train"]})
