@@ -15,7 +15,7 @@ help:  ## this list
 	python3 -m venv .uv && .uv/bin/pip install --quiet uv
 
 environment: $(filter .uv/%,$(UV))
-	@$(UV) sync --frozen --quiet
+	@$(UV) sync --frozen --quiet --compile-bytecode  # or every process compiles PyTorch anew where Python may not write caches
 
 data: environment
 	@$(RUN) dvc pull --quiet data.dvc
@@ -46,8 +46,8 @@ lab: data  ## JupyterLab on the notebooks
 bench: data  ## speeds as ratios, measured side by side
 	$(RUN) dvc repro --quiet prepare
 	$(RUN) python benchmarks/training_step.py
-	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/heatmaps.py   # as in anybody's notebook
-	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/inference.py  # as in anybody's notebook
+	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/heatmaps.py   # as in a user's notebook
+	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/inference.py  # as in a user's notebook
 
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
 	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"

@@ -9,7 +9,9 @@ def seconds(step, *args) -> float:
 
 
 def in_turn(sides: dict, rounds: int) -> list[dict[str, float]]:
-    "Seconds of each side, a name -> (step, *arguments), in each of some rounds. Each runs once more before it is timed, because what ran last leaves caches and allocator to it in its own way."
+    """Seconds of each side, a name -> (step, *arguments), in each of some rounds.
+
+    Each side runs once before it is timed, because caches and allocator are as the last side left them."""
     def second(step, *args):
         step(*args)
         return seconds(step, *args)

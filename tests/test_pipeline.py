@@ -91,6 +91,9 @@ def one_model(settings: dict) -> dict:
     return settings | dict(models={"small": next(m for m in settings["models"].values() if m["use_multiscale"] and m["use_attention"])})
 
 
+NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"))
+
+
 def some_runs(models: tuple[str, ...]) -> dict:
     "A second seed of every model, and a model without a method and on half of the pairs."
     studied, rest = models[1], dict(pairs=0, without="")
@@ -104,7 +107,7 @@ def some_runs(models: tuple[str, ...]) -> dict:
 def project(request, tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("project"), yaml.safe_load((ROOT/"params.yaml").read_text())
     methods, more = {"youtube", "Deepfakes", "NeuralTextures"}, {"Face2Face", "FaceSwap"}
-    if request.param == "one model": return make_project(folder, one_model(settings), methods, dict(runs={}))
+    if request.param == "one model": return make_project(folder, one_model(settings), methods, NO_RUNS)
     return make_project(folder, settings, methods | more, some_runs(tuple(settings["models"])))
 
 
