@@ -1,8 +1,9 @@
 """Verdict and fused heatmaps of a 24-frame clip against the verdict alone, and against pytorch-grad-cam over the same three layers.
 
-All sides run in turn in one process, so the ratios hold while the machine's speed drifts. pytorch-grad-cam runs with its defaults: fp32, and
-gradients for every weight. `make bench` leaves out the allocator settings of the trainings, because a user's notebook does not have them;
-they help the side that keeps most gradients, and lower the second ratio. Speeds do not depend on what was learnt: the weights are random.
+All sides run in turn in one process, so the ratios hold while the machine's speed drifts. pytorch-grad-cam runs with its defaults:
+fp32, gradients for every weight. `make bench` leaves out the allocator settings of the trainings, because a notebook does not have
+them; they help the side that keeps most gradients, and lower the second ratio.
+Speeds do not depend on what was learnt, so the networks have random weights.
 """
 import torch
 import typer
@@ -12,14 +13,17 @@ from timing import in_turn, say
 from torch import nn
 
 from spotter.core import load_params
-from spotter.runtime import autocast, resolve_precision
 from spotter.explain.gradcam import MultiScaleGradCAM
+from spotter.runtime import autocast, resolve_precision
 from spotter.train.setup import make_model
 
 
 class FramesAsBatch(nn.Module):
     "A clip (T, 3, H, W) as pytorch-grad-cam wants it: the frames are the batch, the clip has one verdict."
-    def __init__(self, model): super().__init__(); self.model = model
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
     def forward(self, frames): return self.model(frames[None])
 
 
@@ -48,15 +52,14 @@ def measure(key: str, frames: int, rounds: int):
              "pytorch-grad-cam": (theirs, model, clip)}
     found = in_turn(sides, rounds)
     print(f"{key}: {frames} frames, {spec.backbone} @{spec.image_size}, {precision}, {torch.get_num_threads()} threads")
-    say("time of verdict and heatmaps / model(x)", [times["heatmaps"]/times["verdict"] for times in found])
-    say("time of pytorch-grad-cam, fp32 / verdict and heatmaps", [times["pytorch-grad-cam"]/times["heatmaps"] for times in found])
+    for text, a, b in (("verdict and heatmaps / model(x)", "heatmaps", "verdict"),
+                       ("pytorch-grad-cam, fp32 / verdict and heatmaps", "pytorch-grad-cam", "heatmaps")):
+        say(f"time of {text}", [times[a]/times[b] for times in found])
 
 
-def main(
-    models: list[str] = typer.Argument(None, help="models of params.yaml; by default those with three scales"),
-    frames: int = typer.Option(24, help="of the clip"),
-    rounds: int = typer.Option(5, help="how often each side is timed"),
-):
+def main(models: list[str] = typer.Argument(None, help="models of params.yaml; by default those with three scales"),
+         frames: int = typer.Option(24, help="of the clip"),
+         rounds: int = typer.Option(5, help="how often each side is timed")):
     "Print the computational cost of heatmaps."
     for key in models or [name for name, spec in load_params().models.items() if spec.use_multiscale]: measure(key, frames, rounds)
 

@@ -9,9 +9,7 @@ def seconds(step, *args) -> float:
 
 
 def in_turn(sides: dict, rounds: int) -> list[dict[str, float]]:
-    """Seconds of each side, a name -> (step, *arguments), in each of some rounds.
-
-    Each side runs once before it is timed, because caches and allocator are as the last side left them."""
+    "Seconds of each side, a name -> (step, *arguments), in each round. Each runs once untimed first, to fill caches and allocator."
     def second(step, *args):
         step(*args)
         return seconds(step, *args)
