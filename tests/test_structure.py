@@ -161,9 +161,8 @@ def test_a_dep_that_is_taken_out_is_missed(path):
 
 @pytest.mark.parametrize("path", PIPELINES)
 def test_a_dep_that_nothing_reaches_is_named(path):
-    stages = {"prepare": load_stages(path)["prepare"]}; stages["prepare"]["deps"].append("spotter/predict")
-    (found,) = wrong_deps(stages, path)
-    assert found == f"{path}, stage prepare: no notebook of the stage reaches spotter/predict; take it out of the deps"
+    stages = load_stages(path); stages["prepare"]["deps"].append("spotter/predict")
+    assert f"{path}, stage prepare: no notebook of the stage reaches spotter/predict; take it out of the deps" in wrong_deps(stages, path)
 
 
 @pytest.mark.parametrize("path", PIPELINES)
@@ -173,6 +172,12 @@ def test_figures_intervals_and_commands_retrain_nothing(path):
     later = [p.relative_to(PACKAGE).as_posix() for folder in folders for p in (PACKAGE/folder).glob("*.py")]
     for file in [*later, "metrics/bootstrap.py", "metrics/localisation.py", "data/video.py", "cli.py"]:
         assert not any(covers(d, f"spotter/{file}") for d in deps), file
+
+
+@pytest.mark.parametrize("path", PIPELINES)
+def test_figures_prepare_nothing_again(path):
+    for file in ("evaluate/figures.py", "metrics/bootstrap.py", "cli.py"):
+        assert not any(covers(d, f"spotter/{file}") for d in load_stages(path)["prepare"]["deps"]), file
 
 
 def test_the_fingerprint_of_a_training_covers_no_more_than_its_stage():
