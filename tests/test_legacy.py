@@ -36,7 +36,7 @@ class OldAttention(nn.Module):
 
 
 class OldScales(nn.Module):
-    "The backbone in three pieces, and a fusion whose result nobody used."
+    "The backbone in three pieces, and a fusion whose result was not used."
     def __init__(self, net: EfficientNet, width: int):
         super().__init__()
         n = len(net._blocks)
@@ -83,7 +83,7 @@ def pairs():
     "Each kind in one wrapping, and each wrapping around one kind; the other pairs are slow tests."
     for i, kind in enumerate(KINDS):
         for j, wrapped in enumerate(WRAPPED):
-            yield pytest.param(kind, wrapped, marks=() if i == j else pytest.mark.slow, id=f"{kind}, {wrapped}".replace(" ", "-"))
+            yield pytest.param(kind, wrapped, marks=() if i == j else pytest.mark.slow, id=f"{kind}-{wrapped}".replace(" ", "_"))
 
 
 @pytest.mark.parametrize("kind, wrapped", pairs())

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spotter.model.network import TemporalCNN_GRU
-from spotter.model.pyramid import BACKBONES, MultiScaleFeatureExtractor, SCALES
+from spotter.model.pyramid import BACKBONES, SCALES
 
 torch.set_num_threads(1)   # the tests run side by side
 SIDE = 64                  # of frames, where the size is not the point
@@ -87,7 +87,7 @@ def test_pyramid_and_attention_add_a_tenth_at_most(backbone):
                 x = x[0] if isinstance(x, tuple) else x  # beside the features a module may return a map
         return counter.get_total_flops()
     model = full_model(backbone)
-    plain = cost(MultiScaleFeatureExtractor(backbone, use_multiscale=False).eval())
+    plain = cost(full_model(backbone, use_multiscale=False).feature_extractor)
     assert 0 < plain and cost(model.feature_extractor, model.spatial_attention) <= 1.1 * plain
 
 

@@ -25,7 +25,7 @@ MEASURED = "temperature", "threshold", "heatmap_constants", "heatmap_threshold" 
 def save_model(
     model: TemporalCNN_GRU,
     path: str | Path,  # `.safetensors`; its folder is made
-    **metadata,        # whatever JSON holds: model, epoch, settings …
+    **metadata,        # whatever JSON holds: epoch, settings, seed …
 ):
     "Write weights, configuration, input size, temperature, threshold and scale of the heatmaps."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)

@@ -122,8 +122,8 @@ def train(
     if key not in params.models: raise KeyError(f"no model {key!r} in params.yaml: choose one of {', '.join(params.models)}")
     check_splits(store.clips)
     session, folder, out = start_session(params, key, store), Path(resume)/key, Path(out)
-    notes = dict(model=key, settings=params.models[key].model_dump(), faces=params.faces.model_dump(),
-                 frames=params.clips.eval_frames, seed=params.seed)
+    notes = dict(arm=key, settings=params.models[key].model_dump(), faces=params.faces.model_dump(),
+                 frames=params.clips.eval_frames, seed=params.seed)   # `arm` is what files call the key of a model
     now = load_state(folder, fingerprint(params, key, store), session.accelerator)
     with Live(str(live), dvcyaml=None, save_dvc_exp=False, monitor_system=False) as log:
         for row in now.history: log_epoch(log, row)
