@@ -14,7 +14,8 @@ from sklearn.metrics import (accuracy_score, average_precision_score, balanced_a
 from spotter.evaluate.seeds import over_seeds
 from spotter.evaluate.tables import (PREDICTION_COLUMNS, STORED_WORDS, coverage, metrics_by_group, model_metrics, overall_metrics,
                                      prediction_table, read_predictions, recall_and_auc, write_json, write_predictions)
-from spotter.metrics.bootstrap import bootstrap_intervals, bootstrap_rows, identity_units, paired_differences, resampled_rows, significance
+from spotter.metrics.bootstrap import (bootstrap_intervals, bootstrap_rows, identity_units, interval, paired_differences, resampled_rows,
+                                       significance)
 from spotter.metrics.calibration import CALIBRATION_BINS, TEMPERATURE_BOUNDS, calibration_table, fit_temperature
 from spotter.metrics.classification import auc, classification_metrics, ranking_metrics
 from spotter.metrics.threshold import choose_threshold, mean_f1
@@ -149,6 +150,13 @@ def hits(n, share, copies=1):
 def share_of_hits(table): return dict(share=float(table.hit.mean()))
 
 
+def share_interval(table, resamples, seed=0):
+    "The interval of the share of hits: `bootstrap_intervals` with `share_of_hits`, by positions and so in a fraction of the time."
+    hit = table.hit.to_numpy(float)
+    value, samples = bootstrap_rows(table, lambda rows: hit[rows].mean(), resamples, seed)
+    return interval(float(value), samples)
+
+
 def test_resamples_take_all_rows_of_a_unit():
     units = pd.Series(["b", "a", "b", "c"])
     for rows in resampled_rows(units, 30, 0):
@@ -161,14 +169,12 @@ def test_one_loop_serves_arrays_and_tables():
     value, samples = bootstrap_rows(table, lambda rows: [values[rows].mean(), len(rows)], 40, 0)
     assert value.tolist() == [5.5, 12] and samples.shape == (40, 2) and (samples[:, 1] == 12).all()
     assert samples[:, 0].tolist() == [values[rows].mean() for rows in resampled_rows(identity_units(table), 40, 0)]
-    shares = bootstrap_rows(table, lambda rows: table.hit.to_numpy()[rows].mean(), 40, 0)[1]
-    found = bootstrap_intervals(table, share_of_hits, 40, 0)["share"]
-    assert (found["lo"], found["hi"]) == tuple(np.quantile(shares, [(1 - .95)/2, (1 + .95)/2]))
+    assert bootstrap_intervals(table, share_of_hits, 40, 0)["share"] == share_interval(table, 40)
 
 
 @pytest.mark.parametrize("n, share", [(50, .6), (100, .8), (200, .5)])
 def test_interval_of_a_proportion_is_near_the_exact_one(n, share):
-    found = bootstrap_intervals(hits(n, share), share_of_hits, 2000, 0)["share"]
+    found = share_interval(hits(n, share), 2000)
     exact = binomtest(round(share*n), n).proportion_ci(.95, method="wilson")
     assert found["value"] == pytest.approx(share)
     assert (found["lo"], found["hi"]) == pytest.approx((exact.low, exact.high), abs=.025)
@@ -178,14 +184,14 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(150):
         table = hits(60, .5).assign(hit=rng.random(60) < .7)
-        found = bootstrap_intervals(table, share_of_hits, 150, trial)["share"]
+        found = share_interval(table, 150, trial)
         covered += found["lo"] <= .7 <= found["hi"]
     assert .88 <= covered/150 <= .99
 
 
 def test_copies_of_a_clip_add_no_evidence():
     def width(table):
-        found = bootstrap_intervals(table, share_of_hits, 2000, 0)["share"]
+        found = share_interval(table, 2000)
         return found["hi"] - found["lo"]
     copied = hits(40, .7, copies=4)
     as_if_independent = copied.assign(target_id=[f"{i:03d}" for i in range(len(copied))])
@@ -203,7 +209,7 @@ def test_undefined_intervals():
 def test_shuffled_rows_give_the_same_file(tmp_path):
     table = predictions()
     for name, rows in (("a", table), ("b", table.sample(frac=1, random_state=1))):
-        write_json(tmp_path/f"{name}.json", model_metrics(rows, table[:0], 1., .5, 100, 0))
+        write_json(tmp_path/f"{name}.json", model_metrics(rows, table[:0], 1., .5, 30, 0))
     assert (tmp_path/"a.json").read_bytes() == (tmp_path/"b.json").read_bytes()
     stored = json.loads((tmp_path/"a.json").read_text())
     assert stored["n"] == {"clips": 120, "real": 24, "fake": 96, "units": 12}
@@ -212,18 +218,18 @@ def test_shuffled_rows_give_the_same_file(tmp_path):
 
 def test_a_model_does_not_differ_from_itself():
     table = predictions()
-    for difference in paired_differences(table, table.sample(frac=1, random_state=0), overall_metrics, 100, 0).values():
+    for difference in paired_differences(table, table.sample(frac=1, random_state=0), overall_metrics, 30, 0).values():
         assert list(difference.values()) == pytest.approx([0, 0, 0], abs=1e-12)
         assert significance(difference) == "not significant"
 
 
 def test_paired_differences_have_the_sign_of_a_minus_b_and_are_narrower_than_unpaired_ones():
     a, b = predictions(2.), predictions(1.6)
-    found = paired_differences(a, b, overall_metrics, 400, 0)["auc"]
+    found = paired_differences(a, b, recall_and_auc, 200, 0)["auc"]
     assert found["value"] == pytest.approx(roc_auc_score(a.label, a.p_fake) - roc_auc_score(b.label, b.p_fake))
     assert significance(found) == "higher"
-    assert significance(paired_differences(b, a, overall_metrics, 400, 0)["auc"]) == "lower"
-    alone = bootstrap_intervals(a, overall_metrics, 400, 0)["auc"]
+    assert significance(paired_differences(b, a, recall_and_auc, 200, 0)["auc"]) == "lower"
+    alone = bootstrap_intervals(a, recall_and_auc, 200, 0)["auc"]
     assert found["hi"] - found["lo"] < alone["hi"] - alone["lo"]
 
 
