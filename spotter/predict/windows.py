@@ -13,7 +13,7 @@ import torch
 from torchvision.ops import box_iou
 
 from ..core import FaceParams
-from ..data.faces import crop_boxes, crop_face, link_tracks
+from ..data.faces import crop_track, link_tracks
 from ..data.sampling import sample_positions
 
 # %% ../../nbs/7_predict/00_windows.ipynb #aa451658
@@ -79,8 +79,8 @@ def cut_out(
     times = np.array([kept[i][0] for i in indices])
     for track in link_tracks(found):
         if len(track) < min_found*len(found): continue
-        boxes = crop_boxes({i - window.start: box for i, box in track.items()}, length, faces.margin, faces.every/2)[indices - window.start]
-        crops = np.stack([crop_face(kept[i][1], box, faces.size) for i, box in zip(indices, boxes)])
+        shifted = {i - window.start: box for i, box in track.items()}
+        boxes, crops = crop_track(shifted, length, indices - window.start, [kept[i][1] for i in indices], faces)
         shown = list(track.values())
         sightings.append(Sighting(shown[0][:4], shown[-1][:4], len(track), indices, np.full(len(indices), length/len(indices)/2), times, boxes, crops))
     return sightings
