@@ -17,8 +17,9 @@ import av
 import cv2
 import numpy as np
 
-from ..runtime import progress
 from ..data.video import DamageWarning, iter_frames, start_time, until_damage
+from ..evaluate.overlay import blend
+from ..runtime import progress
 
 # %% ../../nbs/7_predict/10_diagnostic.ipynb #937640fa
 def heatmap_in_frame(
@@ -41,8 +42,7 @@ def heat_over(
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Blend heat into a picture in its own colours, the more opaque the hotter."
     colours = cv2.applyColorMap((255*heat).round().astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    opacity = (.75*heat**.8)[..., None]
-    return (picture*(1 - opacity) + colours*opacity).round().astype(np.uint8)
+    return blend(picture, colours, heat, .75).round().astype(np.uint8)
 
 # %% ../../nbs/7_predict/10_diagnostic.ipynb #66ba1c4e
 def touching(
