@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,11 +93,19 @@ def test_readme_follows_the_files(tmp_path):
     places.loc[chosen, ["value", "lo", "hi"]] = .7654, .6543, .8765
     seeds.loc[(seeds.name == "b0") & (seeds.figure == "average_precision"), ["value", "lo", "hi"]] = .4321, .3210, .5432
     for name, changed in zip(names, (table, places, seeds)): changed.to_csv(tmp_path/"metrics"/name, index=False)
-    params = (tmp_path/"params.yaml").read_text()
-    (tmp_path/"params.yaml").write_text(re.sub(r"(  b0:.*?steps_per_epoch:) \d+", r"\1 777", params, flags=re.S))
+    settings = yaml.safe_load((tmp_path/"params.yaml").read_text())
+    settings["models"]["b0"]["steps_per_epoch"] = 777
+    settings["models"]["b0_fourth"] = settings["models"]["b0"] | dict(image_size=192)   # a fourth model, trained once
+    (tmp_path/"params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    once = pd.read_csv(tmp_path/"metrics"/"comparison.csv")
+    once = pd.concat([once, once[once.name == "b0"].assign(name="b0_fourth")])
+    once.to_csv(tmp_path/"metrics"/"comparison.csv", index=False)
     options = "--log-level=ERROR --to markdown --execute --output page nbs/index.ipynb".split()
     subprocess.run([sys.executable, "-m", "nbconvert", *options], cwd=tmp_path, check=True)
     page, before = (tmp_path/"nbs"/"page.md").read_text(), (ROOT/"README.md").read_text()
     for said in ("0.12 [0.06, 0.23]", "0.77 [0.65, 0.88]", "0.43 [0.32, 0.54]"): assert said in page and said not in before
-    steps = re.compile(r"[\d,]+ steps of 16 frames for `b0`")
-    assert steps.search(page).group() != steps.search(before).group()
+    steps = re.compile(r"- `b0`: .*?([\d,]+) steps")
+    assert steps.search(page)[1] == "6,216" != steps.search(before)[1]
+    assert "- `b0_fourth`: EfficientNet-B0 at 192 pixels" in page and "`b0_fourth`" not in before
+    header = next(line for line in page.splitlines() if line.startswith("|  |"))
+    assert header.split(" | ")[1:] == ["`handmade`", "`b0_plain`", "`b0`", "`b3`", "`b0_fourth` |"]
