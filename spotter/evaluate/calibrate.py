@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.loader import ClipDataset
 from ..data.store import ClipStore
-from ..explain.gradcam import MultiScaleGradCAM, WEIGHTS, fuse, scale_constants
+from ..explain.clips import explained_clips
+from ..explain.gradcam import WEIGHTS, fuse, scale_constants
 from ..metrics.calibration import fit_temperature
 from ..metrics.localisation import choose_iou_threshold
 from ..metrics.threshold import choose_threshold
@@ -32,14 +32,12 @@ def calibrate(model: TemporalCNN_GRU, logits: np.ndarray, labels: np.ndarray):
 
 def scale_heatmaps(model: TemporalCNN_GRU, store: ClipStore, frames: int, precision: str = "auto"):
     "Set the model's heatmap constants from the fakes of the validation split, and its heatmap threshold from those with a mask, if there are any that light up."
-    fakes, device = store.clips.query("split == 'val' and label == 1"), next(model.parameters()).device
-    data, raw, masks = ClipDataset(store, fakes, frames, model.image_size), [], []
-    with MultiScaleGradCAM(model, precision=precision) as explainer:
-        for item in (data[i] for i in range(len(data))):
-            raw.append({k: m[0].cpu() for k, m in explainer.maps(item["clip"][None].to(device)).items() if k != "fused"})
-            masks.append(item["mask"].numpy() > .5)
+    fakes, raw, masks = store.clips.query("split == 'val' and label == 1"), [], []
+    for _, evidence, mask in explained_clips(model, store, fakes, frames, precision):
+        raw.append({k: m[0].cpu() for k, m in evidence.maps.items() if k != "fused"})
+        masks.append(mask)
     model.heatmap_constants = scale_constants({k: [m[k] for m in raw] for k in raw[0]})
-    known = [i for i in range(len(data)) if data.mask_known[i]]
+    known = np.flatnonzero(fakes.has_mask).tolist()
     if not known: return
     fused = torch.cat([fuse({k: m[None] for k, m in raw[i].items()}, WEIGHTS, model.heatmap_constants)[0] for i in known]).numpy()
     truth = np.concatenate([masks[i] for i in known])
