@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from spotter.core import load_params
-from spotter.evaluate.comparison import auc_over_baseline, comparison_rows, earlier_and_later, model_differences, read_metrics, write_comparison
+from spotter.evaluate.comparison import auc_over_baseline, comparison_rows, earlier_and_later, model_differences
+from spotter.evaluate.comparison import read_metrics, write_comparison
 from spotter.evaluate.heatmaps import read_localisation
 from spotter.evaluate.map_tables import aims, fused_maps, heatmap_metrics, read_sources, reference_name, relative_gains
 from spotter.evaluate.tables import overall_metrics, read_predictions
@@ -55,7 +56,8 @@ def test_another_model_is_in_every_table(four, tmp_path):
     maps = fused_maps(four, models)
     gain = relative_gains(maps, models, 10, 0)
     assert gain["fourth, all fakes"] == gain[f"{MODELS[-1]}, all fakes"] and maps.source.nunique() == len(models) + 2
-    rows = write_comparison(tmp_path, models, found, differences | auc_over_baseline(tables, models, BASELINE, 10, 0), dict(baseline=reference_name(models), relative_gain=gain))
+    differences |= auc_over_baseline(tables, models, BASELINE, 10, 0)
+    rows = write_comparison(tmp_path, models, found, differences, dict(baseline=reference_name(models), relative_gain=gain))
     assert {"fourth", "fourth - handmade", *(f"fourth - {m}" for m in MODELS)} <= set(rows.name)
     assert json.loads((tmp_path/"comparison.json").read_text())["arms"] == models
     assert {r["verdict"] for r in rows.to_dict("records") if r["name"] == f"fourth - {MODELS[-1]}"} == {"cannot be told from noise"}

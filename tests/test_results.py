@@ -11,7 +11,8 @@ from spotter.core import load_params
 from spotter.evaluate import results
 from spotter.evaluate.tables import overall_metrics, recall_and_auc
 from spotter.evaluate.trainings import BASELINE, Trainings
-from spotter.evaluate.wording import ablation_conclusion, ablation_note, curve_table, results_conclusion, text_table, trainings_note, with_spread
+from spotter.evaluate.wording import ablation_conclusion, ablation_note, curve_table, results_conclusion
+from spotter.evaluate.wording import text_table, trainings_note, with_spread
 from spotter.metrics.bootstrap import significance
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,8 @@ def test_every_training_has_its_tables(trainings):
 def test_stored_means_are_those_of_the_tables(trainings):
     stored = committed("seeds").query("kind == 'arm'").set_index(["name", "figure"])
     for name in [BASELINE, *PARAMS.models]:
-        each = pd.DataFrame([overall_metrics(trainings.predictions(n)) for n in ([BASELINE] if name == BASELINE else trainings.seeds(name))])
+        names = [BASELINE] if name == BASELINE else trainings.seeds(name)
+        each = pd.DataFrame([overall_metrics(trainings.predictions(n)) for n in names])
         for key in each:
             assert stored.loc[(name, key), "value"] == pytest.approx(each[key].mean(), abs=2e-6), (name, key)
             assert stored.loc[(name, key), "seeds"] == len(each)
@@ -51,7 +53,8 @@ def test_stored_curve_and_unseen_methods_are_those_of_the_tables(trainings):
         assert curve["auc", pairs] == pytest.approx(recall_and_auc(trainings.predictions(name))["auc"], abs=2e-6)
         assert curve["average_precision", pairs] == pytest.approx(trainings.heatmaps(name).average_precision.mean(), abs=2e-6)
     for method, name in trainings.without_method().items():
-        assert unseen[method, "never seen"] == pytest.approx(recall_and_auc(results.only_method(trainings.predictions(name), method))["auc"], abs=2e-6)
+        auc = recall_and_auc(results.only_method(trainings.predictions(name), method))["auc"]
+        assert unseen[method, "never seen"] == pytest.approx(auc, abs=2e-6)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,8 @@ def test_a_model_that_was_trained_once_is_in_every_table(four):
     assert "What was trained once (`fourth`)" in trainings_note({m: four.seeds(m) for m in four.models})
     rivals = {BASELINE: [four.predictions(BASELINE)]} | fine
     found = results.seed_metrics(rivals, recall_and_auc, 5, 0)
-    assert found["fourth"]["auc"]["seeds"] == 1 and math.isnan(found["fourth"]["auc"]["spread"]) and "±" not in with_spread(found["fourth"]["auc"])
+    auc = found["fourth"]["auc"]
+    assert auc["seeds"] == 1 and math.isnan(auc["spread"]) and "±" not in with_spread(auc)
     assert list(text_table(found, dict(auc="AUC"), with_spread)) == list(rivals)
     told = results.seed_differences(rivals, [(last, BASELINE), ("fourth", BASELINE), ("fourth", last)], recall_and_auc, 5, 0)
     assert [d["auc"]["seeds"] for d in told.values()] == [len(four.seeds(last)), 1, 1]
@@ -80,7 +84,8 @@ def test_a_model_that_was_trained_once_is_in_every_table(four):
     at_c40, lost = results.compression_losses({"fourth": fine["fourth"]}, {"fourth": strong["fourth"]}, 5, 0)
     table = results.groups_table(groups, at_c40, lost)
     assert set(table.arm) == {"fourth"} and {"c23: all", "c40: all", "c40 - c23"} <= set(table.group)
-    nearer = results.map_differences({m: [four.heatmaps(n) for n in four.seeds(m)] for m in (first, "fourth")}, four.heatmaps(last, "centre"), ["fourth"], 5, 0)
+    maps = {m: [four.heatmaps(n) for n in four.seeds(m)] for m in (first, "fourth")}
+    nearer = results.map_differences(maps, four.heatmaps(last, "centre"), ["fourth"], 5, 0)
     assert list(nearer) == [f"fourth - {first}", "fourth - centre"] and nearer["fourth - centre"]["iou"]["seeds"] == 1
 
 
@@ -88,7 +93,9 @@ def test_the_conclusions_follow_the_tables(trainings):
     "Another value in a table is another word in the conclusion."
     curve = committed("curve")
     d = dict(value=.1, lo=.05, hi=.15, spread=.01, seeds=3)
-    def said(d, curve): return results_conclusion(dict(b0=(d, 640)), {"b0 - b0_plain": dict(auc=d)}, {"b0 - centre": dict(average_precision=d)}, dict(b0=dict(auc=d)), {}, curve)
+    def said(d, curve):
+        nearer = {"b0 - centre": dict(average_precision=d)}
+        return results_conclusion(dict(b0=dict(auc=d)), dict(b0=640), {"b0 - b0_plain": dict(auc=d)}, nearer, {}, {}, curve)
     assert "0.100 [0.069, 0.131]" not in said(d, curve) and "`b0` minus `b0_plain` 0.100" in said(d, curve)
     assert "higher" in said(d, curve) and "higher" not in said(d | dict(lo=-.05), curve)
     assert said(d, curve) != said(d, curve.assign(to_whole_value=.5))

@@ -78,7 +78,7 @@ def layers_of(
     stages = {name: extractor.net.get_submodule(stage["module"]) for name, stage in extractor.stages.items()}
     return {GATED: None, BEFORE: dict(extractor.pyramid.output.items()), STAGES: stages}
 
-# %% ../../nbs/6_evaluate/92_ablation.ipynb #cb76e708
+# %% ../../nbs/6_evaluate/92_ablation.ipynb #81a86664
 def layer_maps(
     model: TemporalCNN_GRU,
     store: ClipStore,
@@ -86,38 +86,55 @@ def layer_maps(
     frames: int,
     precision: str = "auto",
     layers: dict | None = None,  # scale -> module
-) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:  # per clip: fused map (T, h, w), map of the mask head (T, h, w), true masks (T, H, W)
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:  # per clip: fused map, map of the mask head (T, h, w), masks (T, H, W)
     "Maps of clips, read at some layers and fused with the constants of these layers."
     _, found, masks = zip(*explained_clips(model, store, clips, frames, precision, layers))
     raw = [{name: m for name, m in e.maps.items() if name != "fused"} for e in found]
     constants = scale_constants({name: [m[name] for m in raw] for name in raw[0]})
     return [fuse(m, WEIGHTS, constants)[0].cpu().numpy() for m in raw], [e.mask[0].cpu().numpy() for e in found], list(masks)
 
-# %% ../../nbs/6_evaluate/92_ablation.ipynb #04a615cb
+# %% ../../nbs/6_evaluate/92_ablation.ipynb #2ceb1249
 def split_auc(
-    model: TemporalCNN_GRU, store: ClipStore, clips: pd.DataFrame, params: Params,  # clips: rows of `store.clips`
-) -> dict[str, float]:  # value, lo, hi
+    model: TemporalCNN_GRU,
+    store: ClipStore,
+    clips: pd.DataFrame,  # rows of `store.clips`
+    params: Params,
+) -> dict[str, float]:    # value, lo, hi
     "AUC of a network's verdicts on some clips."
-    table = prediction_table(clips, clip_logits(model, store, clips, params.clips.eval_frames, params.train.precision), model.temperature, model.threshold)
+    logits = clip_logits(model, store, clips, params.clips.eval_frames, params.train.precision)
+    table = prediction_table(clips, logits, model.temperature, model.threshold)
     return bootstrap_intervals(table, overall_metrics, params.evaluate.resamples, params.seed)["auc"]
 
+# %% ../../nbs/6_evaluate/92_ablation.ipynb #8b7c5245
 def map_rows(
-    model: TemporalCNN_GRU, store: ClipStore, fakes: pd.DataFrame, params: Params,  # fakes: rows of `store.clips`, with masks
+    model: TemporalCNN_GRU,
+    store: ClipStore,
+    fakes: pd.DataFrame,  # rows of `store.clips`, with masks
+    params: Params,
 ) -> list[dict]:  # source, score, value, lo, hi
     "Mean scores of Grad-CAM at each choice of layers, of the mask head, and of the centre prior."
     frames, sources = params.clips.eval_frames, {}
-    for choice, layers in layers_of(model).items(): sources[choice], head, masks = layer_maps(model, store, fakes, frames, params.train.precision, layers)
+    for choice, layers in layers_of(model).items():
+        sources[choice], head, masks = layer_maps(model, store, fakes, frames, params.train.precision, layers)
     sources |= {"mask head": head, "centre prior": [centre_maps(frames)]*len(fakes)}
-    rows = [row for k, clip in enumerate(fakes[CLIP_COLUMNS].to_dict("records")) for row in score_clip(clip, {name: maps[k] for name, maps in sources.items()}, masks[k])]
+    clips, rows = fakes[CLIP_COLUMNS].to_dict("records"), []
+    for k, clip in enumerate(clips): rows += score_clip(clip, {name: maps[k] for name, maps in sources.items()}, masks[k])
     table = localisation_table(pd.DataFrame(rows), params.evaluate.resamples, params.seed, by=())
-    return table[table.score.isin(["average_precision", "pointing", "energy"])][["source", "score", "value", "lo", "hi"]].to_dict("records")
+    table = table[table.score.isin(["average_precision", "pointing", "energy"])]
+    return table[["source", "score", "value", "lo", "hi"]].to_dict("records")
 
-# %% ../../nbs/6_evaluate/92_ablation.ipynb #83d1005b
+# %% ../../nbs/6_evaluate/92_ablation.ipynb #061de239
 def network_rows(
-    model: TemporalCNN_GRU, store: ClipStore, trained_on: pd.DataFrame, params: Params, variant: tuple[float, float],  # trained_on: training clips; variant: of `variants`
+    model: TemporalCNN_GRU,
+    store: ClipStore,
+    trained_on: pd.DataFrame,      # its training clips
+    params: Params,
+    variant: tuple[float, float],  # of `variants`
 ) -> list[dict]:  # mask_loss, share, training_clips, source, score, value, lo, hi
     "The rows of ablation.csv for one network: verdicts on validation and on its own training clips, heatmaps on the validation fakes."
     val = store.clips.query("split == 'val'").reset_index(drop=True)
     names = dict(zip(("mask_loss", "share"), variant), training_clips=len(trained_on))
-    verdicts = [dict(source=source, score="auc") | split_auc(model, store, clips, params) for source, clips in (("verdict", val), ("verdict on training clips", trained_on))]
-    return [names | row for row in verdicts + map_rows(model, store, val.query("label == 1 and has_mask").reset_index(drop=True), params)]
+    parts = {"verdict": val, "verdict on training clips": trained_on}
+    verdicts = [dict(source=source, score="auc") | split_auc(model, store, clips, params) for source, clips in parts.items()]
+    fakes = val.query("label == 1 and has_mask").reset_index(drop=True)
+    return [names | row for row in verdicts + map_rows(model, store, fakes, params)]

@@ -69,21 +69,23 @@ def auc_over_baseline(
     found = model_differences(tables, [(model, baseline) for model in models], resamples, seed, recall_and_auc)
     return {pair: {"auc": ds["auc"]} for pair, ds in found.items()}
 
-# %% ../../nbs/6_evaluate/86_comparison.ipynb #08d700a0
+# %% ../../nbs/6_evaluate/86_comparison.ipynb #f2da7c33
 def stored(
     difference: dict,  # value, lo, hi and significance
 ) -> dict:             # value, lo, hi and verdict
     "A difference as the files spell it."
-    return {k: difference[k] for k in ("value", "lo", "hi")} | dict(verdict=STORED_WORDS.get(difference["significance"], difference["significance"]))
+    word = difference["significance"]
+    return {k: difference[k] for k in ("value", "lo", "hi")} | dict(verdict=STORED_WORDS.get(word, word))
 
-# %% ../../nbs/6_evaluate/86_comparison.ipynb #648fad03
+# %% ../../nbs/6_evaluate/86_comparison.ipynb #8b28ef93
 def comparison_rows(
     metrics: dict[str, dict],      # name -> its metrics file
     differences: dict[str, dict],  # of `model_differences`, and of `auc_over_baseline`
 ) -> pd.DataFrame:  # kind ("arm" for a model), name, figure (the metric), value, lo, hi, verdict
     "One row for each metric of each model, and of each difference."
-    kinds = [("arm", metrics)] + [("difference", {pair: {key: stored(d) for key, d in ds.items()} for pair, ds in differences.items()})]
-    rows = [dict(kind=kind, name=name, figure=key, **found[key]) for kind, group in kinds for name, found in group.items() for key in METRICS if key in found]
+    found = [("arm", *item) for item in metrics.items()]
+    found += [("difference", pair, {key: stored(d) for key, d in ds.items()}) for pair, ds in differences.items()]
+    rows = [dict(kind=kind, name=name, figure=key, **ds[key]) for kind, name, ds in found for key in METRICS if key in ds]
     return pd.DataFrame(rows, columns=["kind", "name", "figure", "value", "lo", "hi", "verdict"])
 
 # %% ../../nbs/6_evaluate/86_comparison.ipynb #ff8e622f

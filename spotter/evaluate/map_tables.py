@@ -6,27 +6,28 @@
 __all__ = ['THREE', 'AIMS', 'heatmap_metrics', 'fused_scores', 'gains_over_others', 'read_sources', 'reference_name',
            'fused_maps', 'relative_gains', 'mark', 'aims', 'scores_by_verdict']
 
-# %% ../../nbs/6_evaluate/85_map_tables.ipynb #1b586f4b
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #ef021df3
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..data.store import ClipStore
-from .heatmaps import CLIP_COLUMNS, above_threshold_on_real, gains, localisation_summary, localisation_table, read_localisation, score_clip
+from .heatmaps import CLIP_COLUMNS, above_threshold_on_real, gains, localisation_summary, localisation_table
+from .heatmaps import read_localisation, score_clip
 from .trainings import evaluation_folder
 from ..explain.clips import explained_clips
 from ..metrics.localisation import SCORES
 from ..model.network import TemporalCNN_GRU
 
-# %% ../../nbs/6_evaluate/85_map_tables.ipynb #88690b72
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #ffc564df
 def heatmap_metrics(
     scores: pd.DataFrame,           # of `read_localisation`: all sources on fakes and real clips, with the column extent
     thresholds: dict[str, float],   # source -> threshold of `iou`; infinity for a source without one
     constants: dict | None,         # scale -> heatmap constant of the model
     resamples: int,
     seed: int,
-) -> tuple[pd.DataFrame, dict, dict]:  # table of `localisation_table`; source -> share above the threshold; both as metrics.json holds them
+) -> tuple[pd.DataFrame, dict, dict]:  # of `localisation_table`; source -> share above the threshold; both as metrics.json holds them
     "Scores on the fakes by extent, method and strength, and shares of real faces above the threshold, with intervals."
     fakes, reals = scores[scores.label == 1], scores[scores.label == 0]
     table = localisation_table(fakes, resamples, seed, by=("extent", "method", "strength"))
@@ -49,7 +50,7 @@ def fused_scores(
         rows += score_clip({c: clip[c] for c in CLIP_COLUMNS}, {"fused": found.maps["fused"][0].cpu().numpy()}, masks, thresholds)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/6_evaluate/85_map_tables.ipynb #12c76874
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #70d495b9
 def _interval(row, kind: str) -> dict[str, float]:
     "Value, lo and hi of a row of `gains`; what is infinite (a baseline of 0 has no relative gain) is `nan`."
     found = dict(value=row[kind], lo=row[f"{kind}_lo"], hi=row[f"{kind}_hi"])
@@ -63,7 +64,8 @@ def gains_over_others(
 ) -> dict[str, dict[str, dict]]:  # other source -> score -> value, lo, hi of the difference
     "Scores of a source minus those of every other source."
     others = [name for name in scores.source.unique() if name != source]
-    return {name: {score: _interval(r, "difference") for score, r in gains(scores, source, name, resamples, seed).iterrows()} for name in others}
+    found = {name: gains(scores, source, name, resamples, seed) for name in others}
+    return {name: {score: _interval(r, "difference") for score, r in rows.iterrows()} for name, rows in found.items()}
 
 # %% ../../nbs/6_evaluate/85_map_tables.ipynb #b925e5d1
 def read_sources(
@@ -89,7 +91,7 @@ def fused_maps(
     parts += [read_sources(metrics, model, {"fused": f"{model}: fused"}) for model in models]
     return pd.concat([*parts, read_sources(metrics, models[0], {"centre": "centre"})])
 
-# %% ../../nbs/6_evaluate/85_map_tables.ipynb #fd9343ef
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #9097dae1
 def relative_gains(
     maps: pd.DataFrame,   # of `fused_maps`
     models: list[str],
@@ -98,8 +100,9 @@ def relative_gains(
 ) -> dict[str, dict[str, dict]]:  # "MODEL, all fakes" and "MODEL, part of the face" -> score -> value, lo, hi
     "What the fused map of each model gains over the reference, relative to it: .2 is a fifth better."
     groups = {"all fakes": maps, "part of the face": maps[maps.extent == "part of the face"]}
-    return {f"{model}, {name}": {score: _interval(r, "relative") for score, r in gains(rows, f"{model}: fused", reference_name(models), resamples, seed).iterrows()}
-            for model in models for name, rows in groups.items() if len(rows)}
+    found = {f"{model}, {name}": gains(rows, f"{model}: fused", reference_name(models), resamples, seed)
+             for model in models for name, rows in groups.items() if len(rows)}
+    return {name: {score: _interval(r, "relative") for score, r in rows.iterrows()} for name, rows in found.items()}
 
 # %% ../../nbs/6_evaluate/85_map_tables.ipynb #c1b7eaf0
 def mark(
@@ -109,7 +112,7 @@ def mark(
     "✓, ✗ or ?: whether an interval is above an aim."
     return "✓" if d["lo"] > limit else "✗" if d["hi"] <= limit else "?"
 
-# %% ../../nbs/6_evaluate/85_map_tables.ipynb #5f2720d2
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #27cd693e
 THREE = ("average_precision", "energy", "iou")
 AIMS = [  # (reference, extent of the masks, scores in which the fused map should be better)
     ("noise", "", tuple(SCORES)), ("random weights", "", tuple(SCORES)), ("attention", "", tuple(SCORES)),
@@ -122,23 +125,25 @@ def aims(
     resamples: int,
     seed: int,
 ) -> pd.DataFrame:  # aim, score, value, lo, hi, limit, mark
-    "How the fused map of a model stands to the aims: a fifth over the reference, better than `AIMS`, pointing right on nine frames of ten."
+    "How a model's fused map stands to the aims: a fifth over the reference, better than `AIMS`, pointing right on nine frames of ten."
     rows = [dict(aim=f"20 % over {reference}", score=score, limit=.2, **gain[score]) for score in ("average_precision", "iou")]
     for other, extent, scores in AIMS:
         part = own[own.extent == extent] if extent else own
         if other not in set(part.source): continue
         found = gains(part, "fused", other, resamples, seed)
-        rows += [dict(aim=f"above {other}" + (f", {extent}" if extent else ""), score=score, limit=0., **_interval(found.loc[score], "difference")) for score in scores]
-    pointing = localisation_table(own[own.source == "fused"], resamples, seed, by=()).set_index("score").loc["pointing", ["value", "lo", "hi"]]
-    rows.append(dict(aim="nine frames of ten", score="pointing", limit=.9, **pointing))
+        aim = f"above {other}" + (f", {extent}" if extent else "")
+        rows += [dict(aim=aim, score=score, limit=0., **_interval(found.loc[score], "difference")) for score in scores]
+    pointing = localisation_table(own[own.source == "fused"], resamples, seed, by=()).set_index("score").loc["pointing"]
+    rows.append(dict(aim="nine frames of ten", score="pointing", limit=.9, **pointing[["value", "lo", "hi"]]))
     return pd.DataFrame([r | dict(mark=mark(r, r["limit"])) for r in rows])[["aim", "score", "value", "lo", "hi", "limit", "mark"]]
 
-# %% ../../nbs/6_evaluate/85_map_tables.ipynb #18bd4edc
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #428023c4
 def scores_by_verdict(
     scores: pd.DataFrame,       # of fakes: some sources
     predictions: pd.DataFrame,  # the model's prediction table
 ) -> pd.DataFrame:  # rows (fakes called, source); columns the titles of three scores
     "Mean scores on fakes that were called fake and on fakes that were called real, with the number of clips."
     rows = scores.merge(predictions[["clip_id", "prediction"]])
-    rows["fakes called"] = rows.prediction.map({0: "real", 1: "fake"}) + " (" + rows.groupby("prediction").clip_id.transform("nunique").astype(str) + ")"
+    clips = rows.groupby("prediction").clip_id.transform("nunique").astype(str)
+    rows["fakes called"] = rows.prediction.map({0: "real", 1: "fake"}) + " (" + clips + ")"
     return rows.groupby(["fakes called", "source"])[["average_precision", "iou", "iou_at_area"]].mean().rename(columns=SCORES).round(2)

@@ -38,25 +38,27 @@ def draw_seeds(
         ax.set(title=NAMES[key], xticks=range(len(single)), xticklabels=single, xlim=(-.5, len(single) - .3)); ax.grid(axis="y", alpha=.3)
     return figure
 
-# %% ../../nbs/6_evaluate/89_results_figures.ipynb #207eca0b
+# %% ../../nbs/6_evaluate/89_results_figures.ipynb #092261d6
 @styled
 def draw_groups(
     groups: dict[str, dict],  # model -> "c23: GROUP" and "c40: GROUP" -> AUC as value, lo, hi
 ) -> Figure:
     "AUC of each group at both compression levels, one panel for each model."
     names = [g.removeprefix("c23: ") for g in next(iter(groups.values())) if g.startswith("c23: ")]
-    figure, axes = plt.subplots(1, len(groups), figsize=(3.4*len(groups), .3*len(names) + .8), sharey=True, sharex=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(3.4*len(groups), .3*len(names) + .8), sharey=True, sharex=True,
+                                layout="constrained", squeeze=False)
     for k, (ax, (model, found)) in enumerate(zip(axes[0], groups.items())):
         style = model_style(k)
         for level, offset, fill in (("c23", -.15, style["color"]), ("c40", .15, "white")):
             ds = [found[f"{level}: {g}"] for g in names]
             ax.errorbar([d["value"] for d in ds], np.arange(len(names)) + offset, xerr=bars(ds), ls="", mfc=fill, capsize=2, **style)
         ax.axvline(.5, color=NEUTRAL, ls=":", lw=1)
-        ax.set(title=model, xlabel="AUC (filled: c23, hollow: c40)", yticks=range(len(names)), yticklabels=names); ax.grid(axis="x", alpha=.3)
+        ax.set(title=model, xlabel="AUC (filled: c23, hollow: c40)", yticks=range(len(names)), yticklabels=names)
+        ax.grid(axis="x", alpha=.3)
     axes[0, 0].invert_yaxis()
     return figure
 
-# %% ../../nbs/6_evaluate/89_results_figures.ipynb #2632c8f2
+# %% ../../nbs/6_evaluate/89_results_figures.ipynb #253ed4dc
 @styled
 def draw_unseen(
     unseen: dict[str, dict],  # method -> "seen" and "never seen" -> AUC as value, lo, hi
@@ -66,14 +68,15 @@ def draw_unseen(
     figure, ax = plt.subplots(figsize=(6, .45*len(unseen) + .8), layout="constrained")
     colour = model_style(k)["color"]
     for kind, offset, fill in (("seen", -.12, colour), ("never seen", .12, "white")):
-        ds = [found[kind] for found in unseen.values()]
-        ax.errorbar([d["value"] for d in ds], np.arange(len(ds)) + offset, xerr=bars(ds), ls="", marker="o", ms=7, color=colour, mfc=fill, capsize=2)
+        ds, style = [found[kind] for found in unseen.values()], dict(ls="", marker="o", ms=7, color=colour, mfc=fill, capsize=2)
+        ax.errorbar([d["value"] for d in ds], np.arange(len(ds)) + offset, xerr=bars(ds), **style)
     ax.axvline(.5, color=NEUTRAL, ls=":", lw=1)
-    ax.set(xlabel="AUC on the method's test fakes (filled: seen in training, hollow: never seen)", yticks=range(len(unseen)), yticklabels=unseen)
+    ax.set(xlabel="AUC on the method's test fakes (filled: seen in training, hollow: never seen)")
+    ax.set(yticks=range(len(unseen)), yticklabels=unseen)
     ax.invert_yaxis(); ax.grid(axis="x", alpha=.3)
     return figure
 
-# %% ../../nbs/6_evaluate/89_results_figures.ipynb #a538551c
+# %% ../../nbs/6_evaluate/89_results_figures.ipynb #69e03043
 @styled
 def draw_curve(
     curve: pd.DataFrame,  # of `learning_curves`: pairs, figure, value, lo, hi
@@ -84,6 +87,7 @@ def draw_curve(
     for ax, key, title in zip(axes, ("auc", "average_precision"), ("AUC of the verdict", "average precision of the fused map")):
         part = curve[curve.figure == key]
         ax.errorbar(part.pairs, part.value, bars(part.to_dict("records")), marker="o", color=model_style(k)["color"], capsize=2)
-        ax.set(xscale="log", xlabel="training pairs", title=title, ylim=(0, 1), xticks=part.pairs, xticklabels=part.pairs); ax.minorticks_off(); ax.grid(alpha=.3)
+        ax.set(xscale="log", xlabel="training pairs", title=title, ylim=(0, 1), xticks=part.pairs, xticklabels=part.pairs)
+        ax.minorticks_off(); ax.grid(alpha=.3)
     axes[0].axhline(.5, color=NEUTRAL, ls=":", lw=1)
     return figure

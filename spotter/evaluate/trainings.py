@@ -43,12 +43,14 @@ def seeds(self: Trainings,
     more = [n for n, r in self.runs.items() if r["model"] == model and r["seed"] != self.seed and not r["pairs"] and not r["without"]]
     return [model, *more]
 
-# %% ../../nbs/6_evaluate/83_trainings.ipynb #a48a5231
+# %% ../../nbs/6_evaluate/83_trainings.ipynb #6fa74cfe
 @patch
 def studied(self: Trainings) -> str:
     "The model of which there are trainings on fewer pairs or without a method. Raises `ValueError` unless it is one model."
     found = sorted({r["model"] for r in self.runs.values() if r["pairs"] or r["without"]})
-    if len(found) != 1: raise ValueError(f"trainings on fewer pairs or without a method are of {' and '.join(found) or 'no model'}: the results need them of one")
+    if len(found) != 1:
+        names = " and ".join(found) or "no model"
+        raise ValueError(f"trainings on fewer pairs or without a method are of {names}: the results need them of one")
     return found[0]
 
 # %% ../../nbs/6_evaluate/83_trainings.ipynb #47e91104
@@ -62,10 +64,11 @@ def on_fewer_pairs(self: Trainings) -> dict[int, str]:  # identity pairs -> name
     "The trainings on a part of the identity pairs, the smallest part first."
     return dict(sorted((r["pairs"], n) for n, r in self.runs.items() if r["pairs"]))
 
-# %% ../../nbs/6_evaluate/83_trainings.ipynb #39f61894
+# %% ../../nbs/6_evaluate/83_trainings.ipynb #da455599
 def _path(self: Trainings, table: str, name: str, suffix: str = "") -> Path:
     "File of a training's table: `predictions` or `localisation`."
-    return self.metrics/"results"/f"{table}_{name}{suffix}.csv" if suffix or name in self.runs else evaluation_folder(self.metrics, name)/f"{table}.csv"
+    if suffix or name in self.runs: return self.metrics/"results"/f"{table}_{name}{suffix}.csv"
+    return evaluation_folder(self.metrics, name)/f"{table}.csv"
 
 @patch
 def predictions(self: Trainings,

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['with_spread', 'with_verdict', 'over_all', 'text_table', 'percent', 'markdown_table', 'model_conclusion',
            'difference_summary', 'differences_summary', 'comparison_conclusion', 'aims_table', 'aims_summary',
-           'trainings_note', 'guessing_note', 'compression_table', 'curve_table', 'promises_table', 'ablation_note',
-           'results_conclusion', 'ablation_conclusion']
+           'trainings_note', 'guessing_note', 'compression_table', 'unseen_text', 'curve_table', 'promises_table',
+           'ablation_note', 'results_conclusion', 'ablation_conclusion']
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #f1abc222
+# %% ../../nbs/6_evaluate/94_wording.ipynb #9099a14f
 import math
 from collections.abc import Callable
 
@@ -16,7 +16,6 @@ import pandas as pd
 
 from .figures import NAMES, with_interval
 from .results import PROMISES, promise_kept, widened
-from .tables import STORED_WORDS
 from ..metrics.bootstrap import significance
 from ..metrics.classification import LOWER_IS_BETTER
 
@@ -43,17 +42,18 @@ def text_table(
     "A table of text: one column for each entry, one row for each metric that it has."
     return pd.DataFrame({column: {title: cell(ds[key]) for key, title in names.items() if key in ds} for column, ds in found.items()})
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #37b29d37
+# %% ../../nbs/6_evaluate/94_wording.ipynb #d98c221b
 def percent(d: dict) -> str:
     "Shares in percent: `40 [30, 50] %`."
     return with_interval({k: None if d[k] is None else 100*d[k] for k in ("value", "lo", "hi")}, 0) + " %"
 
+# %% ../../nbs/6_evaluate/94_wording.ipynb #82a90f96
 def markdown_table(table: pd.DataFrame) -> str:
     "A table without its index, as Markdown."
     lines = [list(table), ["---"]*len(table.columns), *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #6f7671e3
+# %% ../../nbs/6_evaluate/94_wording.ipynb #bb9f73b5
 def model_conclusion(
     name: str,
     metrics: dict,  # what its metrics.json holds
@@ -61,31 +61,36 @@ def model_conclusion(
     "What a reader should take from the verdicts of one model."
     n, auc = metrics["n"], metrics["auc"]
     lo = math.nan if auc["lo"] is None else auc["lo"]
-    against = "has no interval here" if math.isnan(lo) else "is better than guessing" if lo > .5 else "is not significantly better than guessing"
+    against = "has no interval here" if math.isnan(lo) else f"is {'' if lo > .5 else 'not significantly '}better than guessing"
     caveat = "; with fewer than twenty groups they are rather too narrow" if n["units"] < 20 else ""
-    return (f"On {n['clips']} test clips ({n['real']} real, {n['fake']} fake) of {n['units']} independent groups of identities, **{name}** has an AUC of {with_interval(auc)}, which {against}. "
-            f"At the threshold {metrics['threshold']:.2f} it recognises {metrics['real_recall']['value']:.0%} of the real videos and {metrics['fake_recall']['value']:.0%} of the fakes. "
+    real, fake = (metrics[f"{kind}_recall"]["value"] for kind in ("real", "fake"))
+    return (f"On {n['clips']} test clips ({n['real']} real, {n['fake']} fake) of {n['units']} independent groups of identities, "
+            f"**{name}** has an AUC of {with_interval(auc)}, which {against}. "
+            f"At the threshold {metrics['threshold']:.2f} it recognises {real:.0%} of the real videos and {fake:.0%} of the fakes. "
             f"The intervals cover the choice of these groups, not that of the training seed{caveat}.")
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #2715fa42
+# %% ../../nbs/6_evaluate/94_wording.ipynb #a758fed0
 def difference_summary(
     pair: str,               # "later - earlier"
     found: dict[str, dict],  # metric -> value, lo, hi, significance
 ) -> str:
     "One line of Markdown: in which metrics the later model is better, in which it is worse, and which do not differ significantly."
-    def rated(key, word): return word if word not in ("higher", "lower") else "better" if (word == "lower") == (key in LOWER_IS_BETTER) else "worse"
+    def rated(key, word):
+        if word not in ("higher", "lower"): return word
+        return "better" if (word == "lower") == (key in LOWER_IS_BETTER) else "worse"
     said = {key: rated(key, d["significance"]) for key, d in found.items()}
     parts = [f"{word} in {', '.join(NAMES[k] for k in said if said[k] == word)}" for word in dict.fromkeys(said.values())]
     return f"- **{pair.replace(' - ', ' − ')}**: " + "; ".join(parts) + "."
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #54a02c32
+# %% ../../nbs/6_evaluate/94_wording.ipynb #d189c132
 def differences_summary(
     differences: dict[str, dict],  # "later - earlier" -> metric -> value, lo, hi, significance
 ) -> str:
     "One line for each pair of models, and how many intervals leave out zero by chance."
     count = sum(len(found) for found in differences.values())
     return ("\n".join(difference_summary(*item) for item in differences.items()) +
-            f"\n\nOf {count} intervals at 95 %, about {.05*count:.1f} leave out zero by chance even if all models are alike, and rather more where few groups stand behind them. "
+            f"\n\nOf {count} intervals at 95 %, about {.05*count:.1f} leave out zero by chance even if all models are alike, "
+            "and rather more where few groups stand behind them. "
             "Each model was trained once, so the variance between trainings is not in these intervals.")
 
 # %% ../../nbs/6_evaluate/94_wording.ipynb #81f14ce0
@@ -99,32 +104,36 @@ def comparison_conclusion(
         return f"{later} {words.get(d['significance'], 'does not differ significantly from')} {earlier} (difference {with_interval(d, 3)})"
     return "By the area under the ROC curve, " + "; ".join(one(pair, ds["auc"]) for pair, ds in differences.items()) + "."
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #ff6c01ee
+# %% ../../nbs/6_evaluate/94_wording.ipynb #bd66f7d7
 def aims_table(
     reached: dict[str, pd.DataFrame],  # model -> rows of `aims`
     names: dict[str, str],             # score -> title
 ) -> pd.DataFrame:
     "The difference of each aim with its mark: one row for each aim and score, one column for each model."
-    columns = {model: {(r["aim"], names[r["score"]]): f"{with_interval(r)} {r['mark']}" for r in rows.to_dict("records")} for model, rows in reached.items()}
-    return pd.DataFrame(columns).rename_axis(["aim", "score"])
+    def column(rows): return {(r["aim"], names[r["score"]]): f"{with_interval(r)} {r['mark']}" for r in rows.to_dict("records")}
+    return pd.DataFrame({model: column(rows) for model, rows in reached.items()}).rename_axis(["aim", "score"])
 
-def aims_summary(reached: dict[str, pd.DataFrame]) -> str:
+# %% ../../nbs/6_evaluate/94_wording.ipynb #88e9dcb0
+def aims_summary(
+    reached: dict[str, pd.DataFrame],  # model -> rows of `aims`
+) -> str:
     "How many aims each model reaches."
     counts = {model: rows["mark"].value_counts() for model, rows in reached.items()}
-    parts = [f"**{model}** reaches {n.get('✓', 0)} of {n.sum()}, misses {n.get('✗', 0)}, and {n.get('?', 0)} are undecided" for model, n in counts.items()]
+    parts = [f"**{model}** reaches {n.get('✓', 0)} of {n.sum()}, misses {n.get('✗', 0)}, and {n.get('?', 0)} are undecided"
+             for model, n in counts.items()]
     return "Aims: " + "; ".join(parts) + "."
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #17e98163
+# %% ../../nbs/6_evaluate/94_wording.ipynb #dff3b7fa
 def trainings_note(
     seeds: dict[str, list[str]],  # model -> its trainings
 ) -> str:
     "How many trainings each model has, and what that means for those with one."
-    once = [model for model, names in seeds.items() if len(names) == 1]
+    once = ", ".join(f"`{model}`" for model, names in seeds.items() if len(names) == 1)
     said = "Trainings: " + ", ".join(f"`{model}` {len(names)}" for model, names in seeds.items()) + "."
-    if once: said += f" What was trained once ({', '.join(f'`{m}`' for m in once)}) has no spread between seeds, so its differences have an interval over identities but no verdict."
-    return said
+    if not once: return said
+    return said + f" What was trained once ({once}) has no spread between seeds, so its differences have no verdict."
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #18f6aa20
+# %% ../../nbs/6_evaluate/94_wording.ipynb #f7875654
 def guessing_note(
     found: dict[str, dict],     # model -> metric -> value …
     guess: dict[str, float],    # of `guessing`
@@ -134,62 +143,84 @@ def guessing_note(
     below = [model for model, ds in found.items() if ds["accuracy"]["value"] <= guess["accuracy"]]
     said = f"{share:.0%} of the test clips are fake, so the commoner answer alone has an accuracy of {guess['accuracy']:.3f}. "
     if not below: return said + "All models are above it."
-    return said + f"{' and '.join(below)} {'is' if len(below) == 1 else 'are'} not above it: look at AUC and balanced accuracy, which no such answer raises."
+    verb = "is" if len(below) == 1 else "are"
+    return said + f"{' and '.join(below)} {verb} not above it: look at AUC and balanced accuracy, which no such answer raises."
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #fb5bbd42
+# %% ../../nbs/6_evaluate/94_wording.ipynb #3cf1e145
 def compression_table(
-    fine: dict[str, dict], strong: dict[str, dict], lost: dict[str, dict],  # model -> metric -> value, lo, hi, spread, seeds: at c23, at c40, c40 minus c23
-    keys: list[str],                                                        # metrics to be shown
+    fine: dict[str, dict],    # model -> metric -> value, lo, hi, spread, seeds: at c23
+    strong: dict[str, dict],  # at c40
+    lost: dict[str, dict],    # c40 minus c23
+    keys: list[str],          # metrics to be shown
 ) -> pd.DataFrame:
     "Three rows for each model: both compression levels and their difference."
-    kinds, names = (("c23", fine, with_spread), ("c40", strong, with_spread), ("c40 - c23", lost, over_all)), {key: NAMES[key] for key in keys}
-    return pd.DataFrame({(model, kind): {title: text(ds[model][key]) for key, title in names.items()} for model in fine for kind, ds, text in kinds}).T
+    kinds = (("c23", fine, with_spread), ("c40", strong, with_spread), ("c40 - c23", lost, over_all))
+    names = {key: NAMES[key] for key in keys}
+    return pd.concat([text_table({(model, kind): found[model]}, names, cell) for model in fine for kind, found, cell in kinds], axis=1).T
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #24dbc4b7
+# %% ../../nbs/6_evaluate/94_wording.ipynb #10fad0a9
+def unseen_text(
+    unseen: dict[str, dict],  # of `unseen_methods`
+) -> pd.DataFrame:
+    "One row for each method: both AUCs and their difference, which is that of a single training."
+    def cells(ds):
+        return {kind: with_spread(ds[kind], 2) for kind in ("seen", "never seen")} | {"difference": over_all(ds["never seen - seen"], single=True)}
+    return pd.DataFrame({m: cells(ds) for m, ds in unseen.items()}).T
+
+# %% ../../nbs/6_evaluate/94_wording.ipynb #91f0e3a8
 def curve_table(
     curve: pd.DataFrame,  # of `learning_curves`
 ) -> pd.DataFrame:
     "Both metrics of the learning curve, and how each part differs from the whole."
-    def found(r): return with_interval(dict(value=r.value, lo=r.lo, hi=r.hi))
-    def differs(r): return "" if pd.isna(r.to_whole_value) else f"{with_interval(dict(value=r.to_whole_value, lo=r.to_whole_lo, hi=r.to_whole_hi))} {_in_new_words(r.to_whole)}"
-    rows = list(curve.itertuples())
-    return curve.assign(found=[found(r) for r in rows], difference=[differs(r) for r in rows]).pivot(index="pairs", columns="figure", values=["found", "difference"])
+    rows = curve.to_dict("records")
+    def differs(r): return "" if pd.isna(r["to_whole_value"]) else with_verdict(_to_whole(r), 2)
+    cells = curve.assign(found=[with_interval(r) for r in rows], difference=[differs(r) for r in rows])
+    return cells.pivot(index="pairs", columns="figure", values=["found", "difference"])
 
-def _in_new_words(stored: str) -> str:
-    "The significance that a table in metrics/ holds, in the words of the pages."
-    return {old: new for new, old in STORED_WORDS.items()}.get(stored, stored)
+def _to_whole(row) -> dict[str, float]:
+    "How a point of the learning curve differs from its end: value, lo, hi."
+    return {k: row[f"to_whole_{k}"] for k in ("value", "lo", "hi")}
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #c2288674
+# %% ../../nbs/6_evaluate/94_wording.ipynb #d95ac0d8
 def promises_table(
-    before: str, after: str,        # the models that are compared
-    found: dict[str, dict],         # model -> metric -> value …, over the trainings
-    gain: dict[str, dict],          # metric -> value, lo, hi, spread, seeds of after minus before
-    sides: dict[str, int],          # model -> cells along a side of its heatmap
-    maps: dict[str, dict],          # model -> average_precision and iou of its heatmaps
-    finer: dict,                    # value, lo, hi, spread, seeds of the difference in average precision
-    seconds: dict[str, float],      # model -> time of a verdict with heatmaps
+    before: str, after: str,     # the models that are compared
+    found: dict[str, dict],      # model -> metric -> value …, over the trainings
+    differences: dict[str, dict],  # "after - before" -> metric -> value, lo, hi, spread, seeds
+    sides: dict[str, int],       # model -> cells along a side of its heatmap
+    maps: dict[str, dict],       # model -> average_precision of its heatmaps
+    nearer: dict[str, dict],     # "after - before" -> average_precision: value, lo, hi, spread, seeds
+    seconds: dict[str, float],   # model -> time of a verdict with heatmaps
 ) -> pd.DataFrame:
     "One row for each promise: what was promised, what was measured, the difference, and whether the promised gain holds."
-    def share(model, key): return f"{100*found[model][key]['value']:.0f} %"
-    rows = [(NAMES[key], text, f"{share(before, key)} → {share(after, key)}", with_interval(widened(gain[key])), promise_kept(widened(gain[key]), least)) for key, (text, least) in PROMISES.items()]
-    ap, d = {m: maps[m]["average_precision"]["value"] for m in (before, after)}, widened(finer)
-    better = {"higher": "holds, and the maps are better", "lower": "finer, but worse"}.get(significance(d), "finer, but not significantly better")
-    rows.append(("side of the heatmap, cells", "7 → 28", f"{sides[before]} → {sides[after]}; average precision {ap[before]:.2f} → {ap[after]:.2f}", with_interval(d), better))
-    more = seconds[after] - seconds[before]
-    rows.append(("more time per video, s", "1", f"{seconds[before]:.2f} → {seconds[after]:.2f}", f"{more:.2f} for 24 frames", "holds" if more <= 1 else "does not hold"))
+    pair, ap = f"{after} - {before}", "average_precision"
+    rows = [_promise(NAMES[key], found[before][key], found[after][key], widened(differences[pair][key]), key) for key in PROMISES]
+    d, a, b = widened(nearer[pair][ap]), maps[before][ap]["value"], maps[after][ap]["value"]
+    words = {"higher": "holds, and the maps are better", "lower": "finer, but worse"}
+    better = words.get(significance(d), "finer, but not significantly better")
+    sizes, more = f"{sides[before]} → {sides[after]}; average precision {a:.2f} → {b:.2f}", seconds[after] - seconds[before]
+    rows.append(("side of the heatmap, cells", "7 → 28", sizes, with_interval(d), better))
+    rows.append(("more time per video, s", "1", f"{seconds[before]:.2f} → {seconds[after]:.2f}", f"{more:.2f} for 24 frames",
+                 "holds" if more <= 1 else "does not hold"))
     return pd.DataFrame(rows, columns=["", "promised", f"measured: `{before}` → `{after}`", "difference", "the promised gain"])
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #9fc8b5d3
+def _promise(title: str, before: dict, after: dict, gain: dict, key: str) -> tuple:
+    "Row of a promise about a share."
+    said, least = PROMISES[key]
+    return title, said, f"{100*before['value']:.0f} % → {100*after['value']:.0f} %", with_interval(gain), promise_kept(gain, least)
+
+# %% ../../nbs/6_evaluate/94_wording.ipynb #47388e95
 def ablation_note(
     ablation: pd.DataFrame,  # of metrics/ablation.csv
 ) -> str:
     "AUC on validation clips with and without masks in training, on all identities."
     rows = ablation.query("source == 'verdict' and score == 'auc' and share == 1")
-    return "The AUC on validation clips, one training each: " + "; ".join(f"{with_interval(r._asdict())} {'with' if r.mask_loss else 'without'} masks" for r in rows.itertuples()) + "."
+    parts = [f"{with_interval(r)} {'with' if r['mask_loss'] else 'without'} masks" for r in rows.to_dict("records")]
+    return "The AUC on validation clips, one training each: " + "; ".join(parts) + "."
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #543a517e
+# %% ../../nbs/6_evaluate/94_wording.ipynb #9d5f6abc
 def results_conclusion(
-    models: dict[str, tuple[dict, int]],  # model -> its AUC over the trainings, steps of a training
+    found: dict[str, dict],               # model -> metric -> value, lo, hi, spread, seeds
+    steps: dict[str, int],                # model -> steps of a training
     differences: dict[str, dict],         # "a - b" -> metric -> value, lo, hi, spread, seeds
     nearer: dict[str, dict],              # of `map_differences`
     lost: dict[str, dict],                # of `compression_losses`
@@ -199,31 +230,37 @@ def results_conclusion(
     "What a reader should take from the results: five lines of Markdown."
     def one(d, single=False): return with_verdict(widened(d, single), comma=",")
     def pairs(found, key): return "; ".join(f"`{pair.replace(' - ', '` minus `')}` {one(ds[key])}" for pair, ds in found.items())
-    auc = curve[curve.figure == "auc"]
-    lines = ["**Models**, AUC over the trainings: " + "; ".join(f"`{model}` {with_spread(d)}, {d['seeds']} × {steps} steps" for model, (d, steps) in models.items()) + ". Differences: " + pairs(differences, "auc"),
+    each = [f"`{model}` {with_spread(found[model]['auc'])}, {found[model]['auc']['seeds']} × {n} steps" for model, n in steps.items()]
+    losses = {f"`{m}`": one(ds["auc"]) for m, ds in lost.items()}
+    methods = {m: one(ds["never seen - seen"], single=True) for m, ds in unseen.items()}
+    least, *_, whole = curve[curve.figure == "auc"].to_dict("records")
+    change = with_verdict(_to_whole(least), comma=",")
+    lines = ["**Models**, AUC over the trainings: " + "; ".join(each) + ". Differences: " + pairs(differences, "auc"),
              "**Heatmaps**, average precision: " + pairs(nearer, "average_precision"),
-             "**Compression**, AUC on c40 minus c23: " + "; ".join(f"`{model}` {one(ds['auc'])}" for model, ds in lost.items()),
-             "**Unseen methods**, AUC never seen minus seen: " + "; ".join(f"{m} {one(ds['never seen - seen'], single=True)}" for m, ds in unseen.items())]
-    if len(auc) > 1:
-        least, d = auc.iloc[0], {k: auc.iloc[0][f"to_whole_{k}"] for k in ("value", "lo", "hi")}
-        lines.append(f"**Identities**: {least.pairs} training pairs instead of {auc.iloc[-1].pairs} change the AUC by {with_verdict(d, comma=',')}")
+             "**Compression**, AUC on c40 minus c23: " + "; ".join(f"{name} {text}" for name, text in losses.items()),
+             "**Unseen methods**, AUC never seen minus seen: " + "; ".join(f"{name} {text}" for name, text in methods.items()),
+             f"**Identities**: {least['pairs']} training pairs instead of {whole['pairs']} change the AUC by {change}"]
     return "\n".join(f"- {line}." for line in lines)
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #586a3bef
+# %% ../../nbs/6_evaluate/94_wording.ipynb #c3af4b90
 def ablation_conclusion(
     results: pd.DataFrame,  # of metrics/ablation.csv
     on: float,              # the mask loss of the networks with masks
     layers: list[str],      # sources of the Grad-CAM maps; the first is the default
 ) -> str:
     "What masks, identities and layers are worth: four lines of Markdown."
-    found, ap = results.set_index(["mask_loss", "share", "source", "score"]), "average_precision"
-    def said(weight, share, source, score): return with_interval(found.loc[(weight, share, source, score), ["value", "lo", "hi"]].to_dict())
-    def four(source, score): return f"{said(0., 1., source, score)} without and {said(on, 1., source, score)} with masks; on half of the identities {said(0., .5, source, score)} and {said(on, .5, source, score)}"
-    def short(name): return name.removeprefix("Grad-CAM, ")
-    best, own = max(layers, key=lambda name: found.loc[(on, 1., name, ap)].value), "verdict on training clips"
+    found, ap = results.set_index(["mask_loss", "share", "source", "score"])[["value", "lo", "hi"]], "average_precision"
+    def said(weight, share, source, score): return with_interval(found.loc[(weight, share, source, score)].to_dict())
+    def four(*which):
+        whole, half = ([said(weight, share, *which) for weight in (0., on)] for share in (1., .5))
+        return f"{whole[0]} without and {whole[1]} with masks; on half of the identities {half[0]} and {half[1]}"
+    names = {name: name.removeprefix("Grad-CAM, ") for name in layers}
+    best = max(layers, key=lambda name: found.loc[(on, 1., name, ap)].value)
+    own, head = [said(on, share, "verdict on training clips", "auc") for share in (1., .5)], said(on, 1., "mask head", ap)
     return "\n".join([
         f"- **Classification**: the AUC is {four('verdict', 'auc')}.",
-        f"- **Fit**: on its own training clips the network with masks has an AUC of {said(on, 1., own, 'auc')}; trained on half of the identities, {said(on, .5, own, 'auc')}. "
+        f"- **Fit**: on its own training clips the network with masks has an AUC of {own[0]}; on half of the identities, {own[1]}. "
         "Where that is no better than on validation clips, more steps would help before more clips do.",
-        f"- **Localisation**: the average precision of Grad-CAM is {four(layers[0], ap)}. The mask head itself reaches {said(on, 1., 'mask head', ap)}.",
-        f"- **Layers**: the same with masks, {'; '.join(f'{short(name)} {said(on, 1., name, ap)}' for name in layers)}. The best of the {len(layers)}: {short(best)}."])
+        f"- **Localisation**: the average precision of Grad-CAM is {four(layers[0], ap)}. The mask head itself reaches {head}.",
+        "- **Layers**: the same with masks, " + "; ".join(f"{short} {said(on, 1., name, ap)}" for name, short in names.items())
+        + f". The best of the {len(layers)}: {names[best]}."])
