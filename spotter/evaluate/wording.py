@@ -164,7 +164,8 @@ def unseen_text(
 ) -> pd.DataFrame:
     "One row for each method: both AUCs and their difference, which is that of a single training."
     def cells(ds):
-        return {kind: with_spread(ds[kind], 2) for kind in ("seen", "never seen")} | {"difference": over_all(ds["never seen - seen"], single=True)}
+        apart = over_all(ds["never seen - seen"], single=True)
+        return {kind: with_spread(ds[kind], 2) for kind in ("seen", "never seen")} | dict(difference=apart)
     return pd.DataFrame({m: cells(ds) for m, ds in unseen.items()}).T
 
 # %% ../../nbs/6_evaluate/94_wording.ipynb #91f0e3a8
