@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FRAMES', 'SECONDS', 'MIN_FRAMES', 'Window', 'plan_window', 'plan_windows', 'Sighting', 'cut_out', 'same_people']
 
-# %% ../../nbs/7_predict/00_windows.ipynb #caf0bf6c
+# %% ../../nbs/7_predict/00_windows.ipynb #63af05d8
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..core import FaceParams
-from ..data.faces import _iou, crop_track, link_tracks
+from ..data.faces import best_match, crop_track, link_tracks
 from ..data.sampling import probe_positions, sample_positions
 
 # %% ../../nbs/7_predict/00_windows.ipynb #84d9ac58
@@ -91,7 +91,7 @@ def cut_out(
         sightings.append(Sighting(shown[0][:4], shown[-1][:4], len(track), indices, reach, times, boxes, crops))
     return sightings
 
-# %% ../../nbs/7_predict/00_windows.ipynb #0e86e9b3
+# %% ../../nbs/7_predict/00_windows.ipynb #2503b4d8
 def same_people(
     windows: list[list[Sighting]],   # of `cut_out`, in the order of the video
     min_overlap: float = .2,         # intersection over union of the boxes
@@ -101,7 +101,7 @@ def same_people(
     for sightings in windows:
         free = list(people)
         for s in sightings:
-            overlaps = np.array([_iou(s.first, p[-1].last) for p in free] or [0.])
-            if overlaps.max() >= min_overlap: free.pop(int(overlaps.argmax())).append(s)
-            else: people.append([s])
+            match = best_match(s.first, [p[-1].last for p in free], min_overlap)
+            if match is None: people.append([s])
+            else: free.pop(match).append(s)
     return sorted(people, key=lambda p: -sum(s.seen for s in p))
