@@ -40,7 +40,7 @@ def surest_fakes(
     "The fake of each method with the highest score."
     return rows.sort_values(["p_fake", "clip_id"], ascending=[False, True]).groupby("method").head(1)
 
-# %% ../../nbs/6_evaluate/44_examples.ipynb #328b9e46
+# %% ../../nbs/6_evaluate/44_examples.ipynb #5385515a
 @dataclass
 class Example:
     "Some frames of a clip, with the true masks and the maps that go with them."
@@ -50,6 +50,7 @@ class Example:
     p_fake: float                # of the whole clip
     numbers: list[int]           # of the frames among the stored ones, from 1 on
 
+# %% ../../nbs/6_evaluate/44_examples.ipynb #ac443be8
 @dataclass
 class Examples:
     "Explained clips of a store."

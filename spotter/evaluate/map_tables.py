@@ -77,11 +77,12 @@ def read_sources(
     rows = read_localisation(evaluation_folder(metrics, model)/"localisation.csv").query("label == 1")
     return pd.concat([rows[rows.source == source].assign(source=name) for source, name in sources.items()])
 
-# %% ../../nbs/6_evaluate/85_map_tables.ipynb #eb45a761
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #174a7985
 def reference_name(models: list[str]) -> str:
     "Name of the map that the fused maps are held against: the coarsest of the first model."
     return f"{models[0]}: semantic alone"
 
+# %% ../../nbs/6_evaluate/85_map_tables.ipynb #f29661f2
 def fused_maps(
     metrics: str | Path,  # the folder metrics/
     models: list[str],    # from the simplest to the largest

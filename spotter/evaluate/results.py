@@ -175,11 +175,12 @@ def heatmaps_table(
     keys = ["average_precision", "iou"]
     return pd.DataFrame(_rows(found, keys, kind="arm") + _rows(differences, keys, kind="difference")).drop(columns="seeds")
 
-# %% ../../nbs/6_evaluate/88_results.ipynb #4936ef9a
+# %% ../../nbs/6_evaluate/88_results.ipynb #bcd4d81e
 def only_method(table: pd.DataFrame, method: str) -> pd.DataFrame:
     "The real clips of a prediction table and the fakes of one method."
     return table[(table.label == 0) | (table.method == method)].reset_index(drop=True)
 
+# %% ../../nbs/6_evaluate/88_results.ipynb #c0624f74
 def unseen_methods(
     trainings: Trainings,
     resamples: int,

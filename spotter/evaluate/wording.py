@@ -158,14 +158,14 @@ def compression_table(
     names = {key: NAMES[key] for key in keys}
     return pd.concat([text_table({(model, kind): found[model]}, names, cell) for model in fine for kind, found, cell in kinds], axis=1).T
 
-# %% ../../nbs/6_evaluate/94_wording.ipynb #10fad0a9
+# %% ../../nbs/6_evaluate/94_wording.ipynb #e1bc9d38
 def unseen_text(
     unseen: dict[str, dict],  # of `unseen_methods`
 ) -> pd.DataFrame:
     "One row for each method: both AUCs and their difference, which is that of a single training."
     def cells(ds):
-        apart = over_all(ds["never seen - seen"], single=True)
-        return {kind: with_spread(ds[kind], 2) for kind in ("seen", "never seen")} | dict(difference=apart)
+        both = {kind: with_spread(ds[kind], 2) for kind in ("seen", "never seen")}
+        return both | {"difference": over_all(ds["never seen - seen"], single=True)}
     return pd.DataFrame({m: cells(ds) for m, ds in unseen.items()}).T
 
 # %% ../../nbs/6_evaluate/94_wording.ipynb #91f0e3a8
