@@ -1,5 +1,6 @@
-"From video files to batches: what `spotter.datasets`, `video`, `faces` and `clips` promise to the rest."
+"From video files to batches: what the modules of `spotter.data` promise to the rest."
 import hashlib, json, warnings
+from fractions import Fraction
 from pathlib import Path
 
 import accelerate
@@ -10,14 +11,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from spotter.data.loader import ClipDataset, to_input
+from spotter.core import AugmentParams, find_root, load_params
+from spotter.data.corpora import COLUMNS, CorpusError, index_dataset
+from spotter.data.faces import BOX_STEP, DETECTORS, NoFaceError, crop_boxes, crop_face, face_clip, link_tracks, make_detector
+from spotter.data.loader import MEAN, STD, ClipDataset, to_input
 from spotter.data.prepare import prepare_corpus
 from spotter.data.sampling import BalancedSampler, sample_positions
 from spotter.data.store import ClipStore
-from spotter.core import AugmentParams, find_root, load_params
-from spotter.data.corpora import COLUMNS, CorpusError, index_dataset
-from spotter.data.faces import DETECTORS, NoFaceError, crop_face, face_clip, make_detector
-from spotter.data.video import VideoError, video_length, probe, read_frames, write_video
+from spotter.data.video import VideoError, probe, read_frames, video_length, write_video
 from whole_frame import whole_frame
 
 SIDE, FRAMES = 64, 12
@@ -51,7 +52,7 @@ def save(path, frames, **kwargs):
 
 
 def make_corpus(root):
-    "Reals: noise. Fakes: black, white where the mask (a rectangle that moves) is, so that a crop shows its own mask. FaceShifter has no masks."
+    "Real videos: noise. Fakes: black, white where the mask (a moving rectangle) is, so that a crop shows its mask. FaceShifter: no masks."
     rng = np.random.default_rng(0)
     write_splits(root, PAIRS)
     for (a, b), in PAIRS.values():
@@ -87,8 +88,8 @@ def test_index_of_a_layout(corpus):
     assert (fake.label, fake.target_id, fake.source_id, fake.split) == (1, "003", "002", "val")
     assert fake.path == "manipulated_sequences/Deepfakes/c23/videos/003_002.mp4" and (corpus/fake.mask_path).is_file()
     assert (df.mask_path[df.method == "FaceShifter"] == "").all()
-    people = [set(g.target_id) | set(g.source_id) - {""} for _, g in df.groupby("split")]
-    assert sum(map(len, people)) == len(set.union(*people)) == 6
+    identities = [set(g.target_id) | set(g.source_id) - {""} for _, g in df.groupby("split")]
+    assert sum(map(len, identities)) == len(set.union(*identities)) == 6
 
 
 @pytest.mark.parametrize("splits, culprit", [
@@ -111,9 +112,11 @@ def test_missing_corpus_is_named(tmp_path):
 
 def test_two_cuts_of_one_youtube_video_never_straddle(tmp_path):
     write_splits(tmp_path, {"train": [["755", "100"]], "val": [], "test": [["756", "200"]]})
-    videos = [real_video(tmp_path, n) for n in ("755", "100", "756", "200")] + [fake_video(tmp_path, "Deepfakes", n) for n in ("755_100", "100_755", "756_200")]
+    videos = [real_video(tmp_path, n) for n in ("755", "100", "756", "200")]
+    videos += [fake_video(tmp_path, "Deepfakes", n) for n in ("755_100", "100_755", "756_200")]
     for p in videos: p.parent.mkdir(parents=True, exist_ok=True); p.touch()
-    with pytest.warns(UserWarning, match="755 .train. left out: cut from the same YouTube video as 756 .test.|3 clips are in no split"): df = index_dataset(tmp_path)
+    with pytest.warns(UserWarning, match="755 .train. left out: cut from the same YouTube video as 756 .test.|3 clips are in no split"):
+        df = index_dataset(tmp_path)
     assert df.attrs["notes"][0] == "755 (train) left out: cut from the same YouTube video as 756 (test)"
     split = df.set_index("clip_id").split
     assert split["youtube/c23/755"] == split["Deepfakes/c23/755_100"] == split["Deepfakes/c23/100_755"] == ""
@@ -134,12 +137,14 @@ def spoil(kind, path, good):
     "Put a file that is no video at `path`."
     match kind:
         case "empty": path.write_bytes(b"")
-        case "text": path.write_text("no film\n" * 200)
+        case "text": path.write_text("no video\n" * 200)
         case "sound": write_sound(path)
         case "no index": path.write_bytes(good.read_bytes()[:600])
 
 
-@pytest.mark.parametrize("kind, reason", [("gone", "no such file"), ("empty", "empty"), ("text", "not a video"), ("sound", "only audio"), ("no index", "cut off")])
+REASONS = {"gone": "no such file", "empty": "empty", "text": "not a video", "sound": "only audio", "no index": "cut off"}
+
+@pytest.mark.parametrize("kind, reason", REASONS.items())
 def test_files_that_are_no_videos(tmp_path, corpus, kind, reason):
     spoil(kind, tmp_path/"x.mp4", real_video(corpus, "000"))
     for f in (read_frames, probe, video_length):
@@ -167,7 +172,8 @@ def test_truncated_video_gives_what_is_there(tmp_path, corpus, params):
 
 def test_noise_has_no_face(tmp_path, params):
     save(tmp_path/"noise.mp4", np.random.default_rng(1).integers(0, 255, (6, 128, 128, 3), dtype=np.uint8))
-    with pytest.raises(NoFaceError, match="noise.mp4: a face could be followed in 0 of 3"): face_clip(tmp_path/"noise.mp4", params.faces, make_detector("centerface"))
+    with pytest.raises(NoFaceError, match="noise.mp4: a face could be followed in 0 of 3"):
+        face_clip(tmp_path/"noise.mp4", params.faces, make_detector("centerface"))
 
 
 def test_crop_and_mask_share_their_geometry():
@@ -183,7 +189,61 @@ def test_crop_and_mask_share_their_geometry():
 
 def test_crop_is_exact_to_a_fraction_of_a_pixel():
     ramp = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (60, 1))  # 4 grey levels a pixel
-    for shift in (0.25, 0.5, 0.75): assert np.allclose(crop_face(ramp, (10 + shift, 5, 30 + shift, 25), 20)[:, 5], 60 + 4*shift, atol=0.6)
+    for shift in (0.25, 0.5, 0.75):
+        assert np.allclose(crop_face(ramp, (10 + shift, 5, 30 + shift, 25), 20)[:, 5], 60 + 4*shift, atol=0.6)
+
+
+# Another processor ends sums in other last bits. Nudges a million times as large must not change what is cut.
+
+SQUARES = {"random": [(*np.random.default_rng(k).uniform(-20, 60, 2), np.random.default_rng(k).uniform(16, 140)) for k in range(60)],
+           "whole": [(x, y, side) for x, y in ((0, 0), (10, 23), (-7, 40)) for side in (16, 31, 64, 96, 128, 192)],   # 64 is the output
+           "half": [(x + .5, x + .25, side) for x in (0, 10) for side in (32.5, 64, 76.8, 128.5)]}
+
+def nudged(box, rng, count=4): return [np.asarray(box) + rng.choice([-1e-9, 1e-9], len(box)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", SQUARES)
+def test_a_nudged_box_gives_the_same_crop(kind):
+    rng = np.random.default_rng(3)
+    frame, mask = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8), np.where(rng.random((90, 120)) > .5, 255, 0).astype(np.uint8)
+    for x, y, side in SQUARES[kind]:
+        box = np.array([x, y, x + side, y + side])
+        crop, cut = crop_face(frame, box, 64), crop_face(mask, box, 64, is_mask=True)
+        for other in nudged(box, rng):
+            assert np.abs(crop_face(frame, other, 64).astype(int) - crop).max() <= 1, box
+            assert np.array_equal(crop_face(mask, other, 64, is_mask=True), cut), box
+
+
+def test_half_covered_pixels_of_a_mask_are_altered():
+    "However the processor rounds 127.5: at the scales 1 and 6/5, the latter with fractions that no float holds."
+    mask = np.zeros((40, 40), np.uint8); mask[:, 20:] = 255
+    assert crop_face(mask, (10.5, 0, 30.5, 20), 20, is_mask=True)[0].tolist() == [0]*9 + [1]*11
+    assert crop_face(mask, (17, 0, 23, 6), 5, is_mask=True)[0].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_nudged_detections_give_the_same_boxes():
+    rng = np.random.default_rng(4)
+    for every, margin in ((1, 1.), (4, 1.), (6, 1.3), (8, 1.5)):
+        track = {i: np.array([10 + i, 20, 70 + i, 90, .9]) for i in range(0, 25, every)}
+        boxes = crop_boxes(track, 25, margin, every/2)
+        assert np.array_equal(boxes % BOX_STEP, np.zeros_like(boxes))
+        assert np.array_equal(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])   # still squares
+        for _ in range(5):
+            other = {i: nudged(b, rng, 1)[0] for i, b in track.items()}
+            assert np.array_equal(crop_boxes(other, 25, margin, every/2), boxes)
+
+
+def test_nudged_detections_give_the_same_tracks():
+    "Two faces of one size, two boxes that overlap a face equally, and an overlap that is just large enough (20 of 100 pixels)."
+    rng = np.random.default_rng(5)
+    square = lambda x, y, side=10: [x, y, x + side, y + side, .9]
+    cases = {"equal sizes": ({0: [square(0, 0), square(40, 0)], 4: [square(40, 0), square(0, 0)]}, [[0, 0], [40, 40]]),
+             "equal overlaps": ({0: [square(10, 0)], 4: [square(8, 0), square(12, 0)]}, [[10, 8], [12]]),
+             "just large enough": ({0: [[0, 0, 6, 10, .9]], 4: [[4, 0, 10, 10, .9]]}, [[0, 4]])}
+    for name, (found, expected) in cases.items():
+        for _ in range(20):
+            tracks = link_tracks({i: np.stack([nudged(b, rng, 1)[0] for b in boxes]) for i, boxes in found.items()})
+            assert [[round(b[0]) for b in t.values()] for t in tracks] == expected, name
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
@@ -198,7 +258,7 @@ def test_store_round_trip_and_mask_alignment(store, corpus, params):
     assert not np.array_equal(masks[0], masks[-1])  # the rectangle moves, so a mask of another frame would not fit
     indices = store.index[store.index.clip_id == clip.clip_id]["index"]
     assert indices.tolist() == sample_positions(FRAMES, 8).tolist()
-    assert np.array_equal(frames, read_frames(corpus/clip.path, indices)[0])  # whole frame, same size: the pixels of the film
+    assert np.array_equal(frames, read_frames(corpus/clip.path, indices)[0])  # whole frame, same size: the pixels of the video
     real = store.clips[store.clips.label == 0].iloc[0]
     assert store.read(real.clip_id, [3, 1, 3])[1].max() == 0
     with pytest.raises(IndexError): store.read(real.clip_id, [8])
@@ -226,7 +286,8 @@ def test_what_cannot_be_prepared_is_listed(tmp_path, params):
     assert store.excluded.columns.tolist() == [*COLUMNS, "reason"] and store.excluded.target_id.tolist() == ["000", "001", "002", "006"]
     reasons = store.excluded.set_index("clip_id").reason
     assert reasons.index.tolist() == [f"youtube/c23/{n}" for n in ("000", "001", "002", "006")]
-    for reason, expected in zip(reasons, ("empty", "not a video", "only audio", "in no split")): assert expected in reason and str(tmp_path) not in reason
+    for reason, expected in zip(reasons, ("empty", "not a video", "only audio", "in no split")):
+        assert expected in reason and str(tmp_path) not in reason
     clips = store.clips.set_index("clip_id")
     assert len(clips) + len(reasons) == 19
     cut = clips.loc["youtube/c23/003"]
@@ -254,6 +315,14 @@ def test_training_and_testing_share_the_spacing(n, count):
         assert train.min() >= 0 and train.max() < n
         assert np.abs(np.diff(train) - n/count).max() < 1 and np.abs(np.diff(test) - n/count).max() < 1
         if n % count == 0: assert np.array_equal(np.diff(train), np.diff(test))
+
+
+def test_positions_are_exact():
+    "A phase of torch's generator has 24 bits, so no product on the way to the floor is rounded."
+    rng = np.random.default_rng(6)
+    for _ in range(300):
+        n, count, phase = int(rng.integers(1, 5000)), int(rng.integers(1, 64)), float(np.float32(rng.random(dtype=np.float32)))
+        assert sample_positions(n, count, phase).tolist() == [min((k + Fraction(phase))*n//count, n - 1) for k in range(count)]
 
 
 class Still(ClipStore):
@@ -302,10 +371,22 @@ def test_plain_items_are_what_inference_makes(store):
     row = store.clips.iloc[4]
     item = ds[4]
     assert torch.equal(item["clip"], to_input(store.read(row.clip_id, [1, 3, 5, 7])[0], 48))
-    assert item["clip"].dtype == item["mask"].dtype == torch.float32 and item["clip"].shape == (4, 3, 48, 48) and item["mask"].shape == (4, 48, 48)
+    assert item["clip"].dtype == item["mask"].dtype == torch.float32
+    assert item["clip"].shape == (4, 3, 48, 48) and item["mask"].shape == (4, 48, 48)
     assert (item["label"], item["index"]) == (row.label, 4)
     known = pd.Series([ds[i]["mask_known"] for i in range(len(ds))], store.clips.method).groupby(level=0).all()
     assert known.to_dict() == {"Deepfakes": True, "FaceShifter": False, "youtube": True}
+
+
+@pytest.mark.parametrize("side, size", [(30, 20), (300, 224), (64, 64), (48, 96)])
+def test_input_is_what_torchvision_makes(side, size):
+    "`to_input` does without torchvision, whose import takes seconds. Without AVX2 torchvision resizes in floats, up to one level off."
+    from torchvision.transforms.v2 import functional as F
+    frames = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    resized = F.resize(torch.from_numpy(frames).permute(0, 3, 1, 2), [size, size], antialias=True)
+    expected = F.normalize(F.to_dtype(resized, torch.float32, scale=True), MEAN, STD)
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"): assert torch.equal(to_input(frames, size), expected)
+    else: assert (to_input(frames, size) - expected).abs().max() < 1.01/255/min(STD)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -319,8 +400,8 @@ def test_balanced_sampler_counts():
         epochs, turns, drawn = zip(*sampler)
         counts = np.bincount(drawn, minlength=50)
         assert set(epochs) == {epoch} and turns == tuple(range(40)) and len(drawn) == len(sampler) == 40
-        assert (counts[:10] == 2).all()                                    # 20 reals out of 10: each twice
-        assert counts[10:].reshape(4, 10).sum(1).tolist() == [5]*4 and counts[10:].max() == 1  # 20 fakes: 5 of a method, none twice
+        assert (counts[:10] == 2).all()                                    # 20 draws from 10 real clips: each twice
+        assert counts[10:].reshape(4, 10).sum(1).tolist() == [5]*4 and counts[10:].max() == 1  # 20 fakes: 5 per method, none twice
         assert all(sum(labels[i] for i in drawn[k:k+4]) == 2 for k in range(0, 40, 4))
         assert list(sampler) == list(zip(epochs, turns, drawn))
     assert len({tuple(BalancedSampler(labels, methods, seed=s, length=40)) for s in range(3)}) == 3
@@ -356,10 +437,11 @@ def test_bundled_corpus():
     for split in ("train", "val", "test"):
         pairs = [tuple(p) for p in json.loads((BUNDLED/"splits"/f"{split}.json").read_text())]
         here = df[df.split == split]
-        assert set(here.target_id[here.label == 0]) == {p for pair in pairs for p in pair}  # every person has a real
-        assert all({f"{a}_{b}" for a, b in pairs} | {f"{b}_{a}" for a, b in pairs} >= set(g.target_id + "_" + g.source_id) for _, g in here[here.label == 1].groupby("method"))
-    people = [set(g.target_id) | set(g.source_id) - {""} for _, g in df.groupby("split")]
-    assert sum(map(len, people)) == len(set.union(*people))
+        assert set(here.target_id[here.label == 0]) == {p for pair in pairs for p in pair}  # every identity has a real video
+        swaps = {f"{a}_{b}" for a, b in pairs} | {f"{b}_{a}" for a, b in pairs}
+        assert all(swaps >= set(g.target_id + "_" + g.source_id) for _, g in here[here.label == 1].groupby("method"))
+    identities = [set(g.target_id) | set(g.source_id) - {""} for _, g in df.groupby("split")]
+    assert sum(map(len, identities)) == len(set.union(*identities))
     for row in df[df.label == 1].groupby("method").head(1).itertuples():
         assert row.mask_path and video_length(BUNDLED/row.mask_path).frames == video_length(BUNDLED/row.path).frames
         mask = read_frames(BUNDLED/row.mask_path, [0])[0]

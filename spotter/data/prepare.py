@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare_corpus']
 
-# %% ../../nbs/1_data/50_prepare.ipynb #98b4cf8f
+# %% ../../nbs/1_data/50_prepare.ipynb #28aa5642
 import io
 import tarfile
 from contextlib import ExitStack
@@ -20,27 +20,50 @@ from .faces import DETECTORS, make_detector, prepare_clip
 from .store import ClipStore
 from ..runtime import in_processes, progress
 
-# %% ../../nbs/1_data/50_prepare.ipynb #6e258e29
+# %% ../../nbs/1_data/50_prepare.ipynb #114e4c83
 def _append(
     tar: tarfile.TarFile,  # open for writing
     name: str,
     data: bytes,
 ) -> tuple[int, int]:  # first byte of the data in the tar, number of bytes
-    "Add a file without time or owner, so that equal crops make equal bytes."
+    "Add a file without time or owner."
     info = tarfile.TarInfo(name)
     info.size = len(data)
     start = tar.offset + len(info.tobuf(tar.format, tar.encoding, tar.errors))
     tar.addfile(info, io.BytesIO(data))
     return start, len(data)
 
-# %% ../../nbs/1_data/50_prepare.ipynb #852d8428
+def _store_crop(tar: tarfile.TarFile, crop: dict) -> dict:
+    "Append a crop and its mask; their place replaces their bytes."
+    png, mask = crop.pop("png"), crop.pop("mask_png")
+    name = f"{crop['clip_id']}/{crop['index']:06d}"
+    offset, length = _append(tar, f"{name}.png", png)
+    mask_offset, mask_length = _append(tar, f"{name}.mask.png", mask) if mask else (0, 0)
+    return crop | dict(offset=offset, length=length, mask_offset=mask_offset, mask_length=mask_length)
+
+# %% ../../nbs/1_data/50_prepare.ipynb #ccd640d0
+def _clear(out: Path):
+    "Make the folder, or remove an earlier store from it."
+    out.mkdir(parents=True, exist_ok=True)
+    for old in (*out.glob("*.tar"), *(out/n for n in ("clips.parquet", "frames.parquet", "excluded.csv"))): old.unlink(missing_ok=True)
+
+def _write_tables(clips: pd.DataFrame, frames: pd.DataFrame, out: Path):
+    "Write the three tables of a store."
+    kept = clips[clips.reason == ""].drop(columns="reason")
+    kept = kept.astype(dict(n_frames=int, source_frames=int, declared_frames=int, has_mask=bool))
+    clips.loc[clips.reason != "", [*COLUMNS, "reason"]].to_csv(out/"excluded.csv", index=False)
+    frames.to_parquet(out/"frames.parquet", index=False)
+    kept.to_parquet(out/"clips.parquet", index=False)
+
+# %% ../../nbs/1_data/50_prepare.ipynb #becddc92
 def prepare_corpus(
     params: Params,                   # `data` and `faces` are used
     out: str | Path,                  # folder of the store; made anew
     root: str | Path | None = None,   # folder of the corpus; by default `params.data.root` below the project
     workers: int = 2,                 # processes; fewer than 2: this one
-) -> "ClipStore":
-    "Crop the faces of all clips of a corpus and store them. Raises `DatasetError` for a corpus that is not one and `ValueError` for an unknown detector or when no clip is left."
+) -> ClipStore:
+    """Crop the faces of all clips of a corpus and store them.
+    Raises `CorpusError` for a corpus that is not one, and `ValueError` for an unknown detector or when no clip is left."""
     root, out = Path(root or find_root()/params.data.root).resolve(), Path(out)
     make_detector(params.faces.detector, params.faces.min_score)  # an unknown name is refused here, not in the processes
     rows = index_dataset(root, params.data.layout, params.data.compression).to_dict("records")
@@ -53,28 +76,7 @@ def prepare_corpus(
             if crops and row["split"] not in tars:
                 tars[row["split"]] = stack.enter_context(tarfile.open(out/f"{row['split']}.tar", "w", format=tarfile.USTAR_FORMAT))
             frames += [_store_crop(tars[row["split"]], c) for c in crops]
-    if not frames: raise ValueError(f"{root}: none of {len(clips)} clips gave crops; the first reason: {clips[0]['clip_id']}: {clips[0]['reason']}")
+    if not frames:
+        raise ValueError(f"{root}: none of {len(clips)} clips gave crops; the first reason: {clips[0]['clip_id']}: {clips[0]['reason']}")
     _write_tables(pd.DataFrame(clips), pd.DataFrame(frames), out)
     return ClipStore(out)
-
-# %% ../../nbs/1_data/50_prepare.ipynb #d3f7f15e
-def _clear(out: Path):
-    "Make the folder, or remove an earlier store from it."
-    out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("*.tar"), *(out/n for n in ("clips.parquet", "frames.parquet", "excluded.csv"))): old.unlink(missing_ok=True)
-
-def _store_crop(tar: tarfile.TarFile, crop: dict) -> dict:
-    "Append a crop and its mask; their place replaces their bytes."
-    png, mask = crop.pop("png"), crop.pop("mask_png")
-    name = f"{crop['clip_id']}/{crop['index']:06d}"
-    offset, length = _append(tar, f"{name}.png", png)
-    mask_offset, mask_length = _append(tar, f"{name}.mask.png", mask) if mask else (0, 0)
-    return crop | dict(offset=offset, length=length, mask_offset=mask_offset, mask_length=mask_length)
-
-def _write_tables(clips: pd.DataFrame, frames: pd.DataFrame, out: Path):
-    "Write the three tables of a store."
-    kept = clips[clips.reason == ""].drop(columns="reason")
-    kept = kept.astype(dict(n_frames=int, source_frames=int, declared_frames=int, has_mask=bool))
-    clips.loc[clips.reason != "", [*COLUMNS, "reason"]].to_csv(out/"excluded.csv", index=False)
-    frames.to_parquet(out/"frames.parquet", index=False)
-    kept.to_parquet(out/"clips.parquet", index=False)

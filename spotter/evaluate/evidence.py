@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTLINE', 'overlay', 'draw_evidence']
 
-# %% ../../nbs/6_evaluate/60_evidence.ipynb #3b683fba
+# %% ../../nbs/6_evaluate/60_evidence.ipynb #d3c60900
 import math
 
 import matplotlib.pyplot as plt
@@ -13,23 +13,25 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .figures import styled
+from .overlay import blend
 from ..metrics.localisation import localisation_by_frame, on_grid
 
-# %% ../../nbs/6_evaluate/60_evidence.ipynb #5eec0b57
-OUTLINE = "#00e5ff"  # of the true mask: a hue that the colour map lacks
-
+# %% ../../nbs/6_evaluate/60_evidence.ipynb #c298fa4e
 def overlay(
     frames: np.ndarray,  # (T, H, W, 3) uint8 RGB
     heatmaps,            # (T, h, w) in [0, 1]
 ) -> np.ndarray:  # (T, H, W, 3) floats in [0, 1]
     "Heat over dimmed grey frames, the more opaque the hotter. Raises `ValueError` for values above 1."
     heat = on_grid(heatmaps, frames.shape[1:3])
-    if heat.min() < 0 or heat.max() > 1 + 1e-6: raise ValueError(f"heatmaps reach from {heat.min():g} to {heat.max():g}: scale them to [0, 1] with the constants of validation first")
+    if heat.min() < 0 or heat.max() > 1 + 1e-6:
+        found = f"heatmaps reach from {heat.min():g} to {heat.max():g}"
+        raise ValueError(f"{found}: scale them to [0, 1] with the constants of validation first")
     grey = (frames @ np.array([.299, .587, .114])/255)[..., None]*.8 + .1
-    colours, opacity = plt.get_cmap("inferno")(.2 + .8*heat)[..., :3], (.9*np.clip(heat, 0, 1)**.8)[..., None]
-    return grey*(1 - opacity) + colours*opacity
+    return blend(grey, plt.get_cmap("inferno")(.2 + .8*heat)[..., :3], np.clip(heat, 0, 1), .9)
 
-# %% ../../nbs/6_evaluate/60_evidence.ipynb #47334e9d
+# %% ../../nbs/6_evaluate/60_evidence.ipynb #f464368a
+OUTLINE = "#00e5ff"
+
 @styled
 def draw_evidence(
     frames: np.ndarray,           # (T, H, W, 3) uint8 RGB
@@ -39,10 +41,11 @@ def draw_evidence(
     title: str = "",              # above all
     size: float = 1.15,           # of a tile, in inches
 ) -> Figure:
-    "Frames, true masks and heatmaps of a clip over time, with the outline of the mask on each; the AP of the frame stands in the corner of a map."
+    "Frames, true masks and heatmaps of a clip over time, with the outline of the mask and the AP on each."
     masks = np.zeros(frames.shape[:3], bool) if masks is None else np.asarray(masks).astype(bool)
     rows = {"frame": frames, "true mask": overlay(frames, masks*0.)} | {name: overlay(frames, m) for name, m in maps.items()}
-    figure, axes = _tiles(len(rows), len(frames), size, .2*(1 + max((t.count("\n") + 1 for t in titles or []), default=0)) + .15*bool(title))
+    above = .2*(1 + max((t.count("\n") + 1 for t in titles or []), default=0)) + .15*bool(title)
+    figure, axes = _tiles(len(rows), len(frames), size, above)
     for line, (name, pictures) in zip(axes, rows.items()):
         for ax, picture, mask in zip(line, pictures, masks):
             ax.imshow(picture); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
@@ -66,6 +69,7 @@ def _row_name(name: str, maps: dict, manipulated: bool) -> str:
     if name in maps: return f"{name}\n{maps[name].shape[1]}×{maps[name].shape[2]}"
     return name if manipulated or name == "frame" else f"{name}\n(nothing)"
 
+# %% ../../nbs/6_evaluate/60_evidence.ipynb #67ed68ec
 def _outline(ax, mask: np.ndarray, filled: bool):
     "The edge of a mask, dark under bright so that it shows on any ground."
     if not mask.any(): return
@@ -74,8 +78,9 @@ def _outline(ax, mask: np.ndarray, filled: bool):
 
 def _note_scores(line, heatmaps: np.ndarray, masks: np.ndarray):
     "AP of each frame that has a mask."
+    style = dict(ha="right", va="bottom", fontsize=6.5, color="white", bbox=dict(facecolor="black", alpha=.55, pad=1, lw=0))
     for ax, ap in zip(line, localisation_by_frame(heatmaps, masks).average_precision):
-        if math.isfinite(ap): ax.text(.97, .04, f"AP {ap:.2f}", transform=ax.transAxes, ha="right", va="bottom", fontsize=6.5, color="white", bbox=dict(facecolor="black", alpha=.55, pad=1, lw=0))
+        if math.isfinite(ap): ax.text(.97, .04, f"AP {ap:.2f}", transform=ax.transAxes, **style)
 
 def _scale(figure: Figure, axes: np.ndarray):
     "Colour scale of the overlays on a mid-grey ground, at the right."

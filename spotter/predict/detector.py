@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACES', 'Person', 'Analysis', 'find_checkpoint', 'Detector', 'watch']
 
-# %% ../../nbs/7_predict/20_detector.ipynb #a3f83d72
+# %% ../../nbs/7_predict/20_detector.ipynb #c06c68f6
 import hashlib
 import threading
 import time
@@ -24,17 +24,17 @@ from ..data.loader import to_input
 from ..data.video import DamageWarning, VideoError, count_decodable, iter_frames, video_length
 from ..explain.gradcam import MultiScaleGradCAM, frame_scores
 from ..model import legacy
-from ..model.checkpoint import inspect_checkpoint, load_model
+from ..model.checkpoint import CheckpointInfo, inspect_checkpoint, load_model
 from .diagnostic import write_diagnostic
 from .windows import FRAMES, MIN_FRAMES, Sighting, Window, cut_out, plan_windows, same_people
 from ..runtime import autocast, resolve_precision
 
-# %% ../../nbs/7_predict/20_detector.ipynb #ed3abd19
+# %% ../../nbs/7_predict/20_detector.ipynb #b682c149
 @dataclass(frozen=True)
 class Person:
     "What was found about one face: N judged frames, heatmaps of h × w cells."
     verdict: str                    # "fake" or "real"
-    p_fake: float                   # probability of a fake, from the mean logit of the windows, with a temperature that was fitted to single clips
+    p_fake: float                   # of a fake, from the mean logit of the windows, with a temperature that was fitted to single clips
     coverage: float                 # share of the probes that show this face
     indices: np.ndarray             # (N,) frame numbers
     reach: np.ndarray               # (N,) frames before and behind it that each stands for
@@ -49,6 +49,7 @@ class Person:
         "Probability that the verdict is right."
         return self.p_fake if self.verdict == "fake" else 1 - self.p_fake
 
+# %% ../../nbs/7_predict/20_detector.ipynb #29815028
 @dataclass(frozen=True)
 class Analysis:
     "What was found in one video."
@@ -57,7 +58,7 @@ class Analysis:
     reason: str = ""                  # why it is undetermined
     note: str = ""                    # what a user should know of a verdict: damage
     people: tuple[Person, ...] = ()   # the one that is seen most first
-    frames: int = 0                   # of the film
+    frames: int = 0                   # of the video
     rate: float = 0.                  # frames per second, by their time stamps
     size: tuple[int, int] = (0, 0)    # width and height as shown, pixels
     settings: dict = field(default_factory=dict)   # of the detector: checkpoint and its SHA-256, threshold …
@@ -68,41 +69,49 @@ class Analysis:
         "Probability of a fake of the face that is seen most; None when undetermined."
         return self.people[0].p_fake if self.people else None
 
-# %% ../../nbs/7_predict/20_detector.ipynb #97ce229f
-FACES = FaceParams(detector="centerface", every=6, min_score=.5, margin=1.3, size=300, frames=FRAMES)   # for checkpoints that do not say
-
+# %% ../../nbs/7_predict/20_detector.ipynb #1dc578a1
 def find_checkpoint(
     path: str | Path | None = None,   # by default the first of the usual ones of the project
 ) -> Path:
     "Where the checkpoint is. `FileNotFoundError` that says how to get one."
     if path is not None: return Path(path)
+    advice = "give the path of a checkpoint, or train networks with `make repro` in a checkout"
     try: root = find_root()
-    except FileNotFoundError as e: raise FileNotFoundError(f"no checkpoint was named, and this is no Spotter checkout: give the path of a checkpoint, or train networks with `make repro` in a checkout") from e
+    except FileNotFoundError as e: raise FileNotFoundError(f"no checkpoint was named, and this is no Spotter checkout: {advice}") from e
     usual = [root/"checkpoints"/name for name in ("spotter_v1.pth", "b3/best.safetensors", "b0/best.safetensors")]
     for file in usual:
         if file.is_file(): return file
-    raise FileNotFoundError(f"no checkpoint, none of {', '.join(map(str, usual))} is there: train networks with `make repro`, or give the path of a checkpoint")
+    tried = ", ".join(map(str, usual))
+    raise FileNotFoundError(f"no checkpoint, none of {tried} is there: train networks with `make repro`, or give the path of a checkpoint")
 
-# %% ../../nbs/7_predict/20_detector.ipynb #4649306b
+# %% ../../nbs/7_predict/20_detector.ipynb #803ee79c
+FACES = FaceParams(detector="centerface", every=6, min_score=.5, margin=1.3, size=300, frames=FRAMES)   # for checkpoints that do not say
+
 class Detector:
     "Judges videos with the network of a checkpoint, one at a time, whatever thread asks. Raises as `find_checkpoint` and `load_model` do."
     def __init__(self,
         checkpoint: str | Path | None = None,   # see `find_checkpoint`
         device: str = "cpu",
-        precision: str = "auto",                # or "fp32", "bf16"; old checkpoints are promised the logits that they gave, and run in fp32
-        windows: int | None = None,             # stretches of a film that are judged, see `plan_windows`
+        precision: str = "auto",                # or "fp32", "bf16"; the predecessor's networks run in fp32, for their old logits
+        windows: int | None = None,             # stretches of a video that are judged, see `plan_windows`
     ):
         path = find_checkpoint(checkpoint)
         info, self.model = inspect_checkpoint(path), load_model(path, device)
         self.precision = "fp32" if precision == "auto" and info.format == legacy.OLD_FORMAT else resolve_precision(precision, device)
         self.device, self.windows, self.frames = device, windows, info.metadata.get("frames", FRAMES)
         self.faces = FaceParams(**info.metadata["faces"]) if "faces" in info.metadata else FACES
-        self.detect, self._busy = make_detector(self.faces.detector, self.faces.min_score), threading.Lock()   # neither OpenCV's networks nor gradients can be shared
-        self.settings = dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), format=info.format, backbone=info.backbone, image_size=self.model.image_size,
-                             use_multiscale=info.use_multiscale, use_attention=info.use_attention, temperature=self.model.temperature, threshold=self.model.threshold,
-                             frames=self.frames, windows=windows, precision=self.precision, device=str(device), missing=info.missing, ignored=info.ignored)
+        self.detect = make_detector(self.faces.detector, self.faces.min_score)
+        self._busy = threading.Lock()   # neither OpenCV's networks nor gradients can be shared
+        self.settings = self._settings(path, info)
 
-# %% ../../nbs/7_predict/20_detector.ipynb #353fc8c0
+    def _settings(self, path: Path, info: CheckpointInfo) -> dict:
+        "What a verdict depends on, for its record."
+        return dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), format=info.format, backbone=info.backbone,
+                    image_size=self.model.image_size, use_multiscale=info.use_multiscale, use_attention=info.use_attention,
+                    temperature=self.model.temperature, threshold=self.model.threshold, frames=self.frames, windows=self.windows,
+                    precision=self.precision, device=str(self.device), missing=info.missing, ignored=info.ignored)
+
+# %% ../../nbs/7_predict/20_detector.ipynb #f783645d
 def watch(
     path: str | Path,
     windows: list[Window],
@@ -110,7 +119,7 @@ def watch(
     faces: FaceParams,
     seconds: dict,           # what it took is added to "reading" and "faces"
 ) -> Iterator[tuple[list[Sighting], int, tuple[int, int]]]:  # of each window: its faces, its probes, width and height of the frames
-    "Decode a film once and hand over the faces of each window when it has passed. `VideoError` as `iter_frames`, and where the film ends before its last window does."
+    "Decode a video once, and yield the faces of each window when it has passed. `VideoError` as `iter_frames`, or if a window is cut."
     probes, wanted = ({int(i) for w in windows for i in getattr(w, name)} for name in ("probes", "wanted"))
     found, kept, ahead, since = {}, {}, list(windows), time.perf_counter()
     for i, moment, picture in iter_frames(path, probes | wanted):
@@ -123,13 +132,13 @@ def watch(
         since = time.perf_counter(); seconds["faces"] += since - read
     if ahead: raise VideoError(f"{path}: fewer frames can be decoded than are in the file")
 
-# %% ../../nbs/7_predict/20_detector.ipynb #3bc9f2d2
+# %% ../../nbs/7_predict/20_detector.ipynb #f21c0779
 @patch
 def find_faces(self: Detector,
     path: str | Path,
     seconds: dict,   # see `watch`
 ) -> tuple[list[tuple], int, float, str]:  # what `watch` yields; frames that can be decoded; frames per second; a note on damage
-    "Faces of a film. `VideoError` for a file without enough frames."
+    "Faces of a video. `VideoError` for a file without enough frames."
     def found(n):
         if n < MIN_FRAMES: raise VideoError(f"{path}: {n} frame{'s'*(n != 1)} can be decoded, a verdict needs {MIN_FRAMES}")
         return list(watch(path, plan_windows(n, rate, self.frames, self.faces.every, self.windows), self.detect, self.faces, seconds))
@@ -138,29 +147,16 @@ def find_faces(self: Detector,
         length = video_length(path)
         n, rate = length.frames, length.frames/length.seconds if length.seconds else 25.
         try: passed = found(n)
-        except VideoError:   # damaged, or of a code with frames that are not shown: what can be decoded is judged
+        except VideoError:   # damaged, or in a codec with frames that are not shown: what can be decoded is judged
             n = count_decodable(path)
             if n == length.frames: raise
             passed = found(n)
     damaged = any(issubclass(w.category, DamageWarning) for w in told)
     lost = length.lacking + (length.frames - n if damaged else 0)
-    return passed, n, rate, f"damaged: {n} of {n + lost} frames can be decoded" if lost else "damaged behind the last frame" if damaged else ""
+    if lost: return passed, n, rate, f"damaged: {n} of {n + lost} frames can be decoded"
+    return passed, n, rate, "damaged behind the last frame" if damaged else ""
 
-# %% ../../nbs/7_predict/20_detector.ipynb #8244cc69
-@patch
-def judge(self: Detector,
-    crops: list[np.ndarray],   # (N, S, S, 3) uint8 RGB each
-    heatmaps: bool = True,
-) -> list[tuple[torch.Tensor, np.ndarray, np.ndarray | None]]:  # of each: logits (2,), frame scores (N,), heatmaps (N, h, w)
-    "What the network says of face clips, each in one forward pass together with others of its length."
-    out, size = [None]*len(crops), max(1, FRAMES//self.frames)
-    for length in sorted({len(c) for c in crops}):
-        same = [i for i, c in enumerate(crops) if len(c) == length]
-        for group in (same[k:k + size] for k in range(0, len(same), size)):
-            batch = torch.stack([to_input(crops[i], self.model.image_size) for i in group]).to(self.device)
-            for i, *said in zip(group, *self._look(batch, heatmaps)): out[i] = tuple(said)
-    return out
-
+# %% ../../nbs/7_predict/20_detector.ipynb #ba316bef
 @patch
 def _look(self: Detector, batch: torch.Tensor, heatmaps: bool) -> tuple:
     "Logits, frame scores and heatmaps of a batch of clips."
@@ -170,17 +166,33 @@ def _look(self: Detector, batch: torch.Tensor, heatmaps: bool) -> tuple:
     with torch.inference_mode(), autocast(self.precision, batch.device): logits, temporal = self.model(batch, return_temporal=True)
     return logits.float().cpu(), frame_scores(self.model, temporal.float()).cpu().numpy(), [None]*len(batch)
 
-# %% ../../nbs/7_predict/20_detector.ipynb #db9d9a33
+@patch
+def judge(self: Detector,
+    crops: list[np.ndarray],   # (N, S, S, 3) uint8 RGB each
+    heatmaps: bool = True,
+) -> list[tuple[torch.Tensor, np.ndarray, np.ndarray | None]]:  # of each: logits (2,), frame scores (N,), heatmaps (N, h, w)
+    "The network's answer to face clips, each in one forward pass together with others of its length."
+    out, size = [None]*len(crops), max(1, FRAMES//self.frames)
+    for length in sorted({len(c) for c in crops}):
+        same = [i for i, c in enumerate(crops) if len(c) == length]
+        for group in (same[k:k + size] for k in range(0, len(same), size)):
+            batch = torch.stack([to_input(crops[i], self.model.image_size) for i in group]).to(self.device)
+            for i, *said in zip(group, *self._look(batch, heatmaps)): out[i] = tuple(said)
+    return out
+
+# %% ../../nbs/7_predict/20_detector.ipynb #c19953dd
 @patch
 def _person(self: Detector, sightings: list[Sighting], said: list[tuple], probes: int) -> Person:
     "Put the windows of a person together; frames that were repeated for the network are told once."
     logits, scores, maps = zip(*said)
     p = (torch.stack(logits).mean(0)/self.model.temperature).softmax(0)[1].item()
     _, once = np.unique(np.concatenate([s.indices for s in sightings]), return_index=True)
-    joined = {name: np.concatenate([getattr(s, name) for s in sightings])[once] for name in ("indices", "reach", "times", "boxes", "crops")}
-    return Person("fake" if p >= self.model.threshold else "real", p, sum(s.seen for s in sightings)/probes, scores=np.concatenate(scores)[once],
-                  heatmaps=None if maps[0] is None else np.concatenate(maps)[once], **joined)
+    def joined(name): return np.concatenate([getattr(s, name) for s in sightings])[once]
+    return Person("fake" if p >= self.model.threshold else "real", p, sum(s.seen for s in sightings)/probes,
+                  scores=np.concatenate(scores)[once], heatmaps=None if maps[0] is None else np.concatenate(maps)[once],
+                  **{name: joined(name) for name in ("indices", "reach", "times", "boxes", "crops")})
 
+# %% ../../nbs/7_predict/20_detector.ipynb #aab54c3e
 @patch
 def analyze(self: Detector,
     video: str | Path,
@@ -188,28 +200,31 @@ def analyze(self: Detector,
 ) -> Analysis:
     "Judge a video. A file without a verdict is no error: it is `undetermined`, and the reason is given."
     seconds = dict(reading=0., faces=0., network=0.)
-    def undetermined(reason): return Analysis(str(video), "undetermined", str(reason).removeprefix(f"{video}: "), settings=self.settings, seconds=seconds)
+    def undetermined(reason):
+        return Analysis(str(video), "undetermined", str(reason).removeprefix(f"{video}: "), settings=self.settings, seconds=seconds)
     with self._busy:
         try:
             passed, n, rate, note = self.find_faces(video, seconds)
-            people = same_people([faces for faces, _, _ in passed])
-            if not people: raise NoFaceError(f"{video}: no face could be followed, in {sum(probes for _, probes, _ in passed)} frames that were searched")
+            probes, people = sum(probes for _, probes, _ in passed), same_people([faces for faces, _, _ in passed])
+            if not people: raise NoFaceError(f"{video}: no face could be followed, in {probes} frames that were searched")
         except (VideoError, NoFaceError) as e: return undetermined(e)
         start = time.perf_counter()
         said = iter(self.judge([s.crops for p in people for s in p], heatmaps))
-    found = tuple(self._person(p, [next(said) for _ in p], sum(probes for _, probes, _ in passed)) for p in people)
+    found = tuple(self._person(p, [next(said) for _ in p], probes) for p in people)
     seconds["network"] = time.perf_counter() - start
     if not all(np.isfinite(p.p_fake) for p in found): return undetermined("the network's output is not a number: is the checkpoint whole?")
-    return Analysis(str(video), found[0].verdict, note=note, people=found, frames=n, rate=rate, size=tuple(passed[0][2]), settings=self.settings, seconds=seconds)
+    return Analysis(str(video), found[0].verdict, note=note, people=found, frames=n, rate=rate, size=tuple(passed[0][2]),
+                    settings=self.settings, seconds=seconds)
 
-# %% ../../nbs/7_predict/20_detector.ipynb #62f26339
+# %% ../../nbs/7_predict/20_detector.ipynb #cf644653
 @patch
 def diagnostic_video(self: Detector,
     video: str | Path,
-    out: str | Path,                      # `.mp4`, with the sound of the film
+    out: str | Path,                      # `.mp4`, with the sound of the video
     analysis: Analysis | None = None,     # of this video, when there is one already
 ) -> Analysis:
-    "Write the whole film with boxes, heat and the running score. Nothing is written for a film without a verdict: see the `reason`."
+    "Write the whole video with boxes, heat and the running score. Nothing is written for a video without a verdict: see the `reason`."
     analysis = analysis or self.analyze(video)
-    if analysis.people: write_diagnostic(video, analysis.people, out, self.model.threshold, analysis.frames, analysis.frames/analysis.rate)
+    if analysis.people:
+        write_diagnostic(video, analysis.people, out, self.model.threshold, analysis.frames, analysis.frames/analysis.rate)
     return analysis
