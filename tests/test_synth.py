@@ -173,7 +173,7 @@ def test_both_codings_show_the_same_frames(reference):
         fine, coarse = (reference/clip_path(method, name, crf=crf) for crf in (23, 40))
         assert coarse.stat().st_size < fine.stat().st_size and probe(coarse) == probe(fine)
         apart = {n: np.abs(original - frames(coarse)).mean() for n, original in originals.items()}
-        assert min(apart, key=apart.get) == name[:3], apart   # at this size strong compression changes a lot, but no clip into another
+        assert min(apart, key=apart.get) == name[:3], apart       # at this size strong compression changes a lot, but no clip into another
     assert len(index_dataset(reference, compression="c40")) == 2 + 4 and len(index_dataset(reference, compression="c23")) == 6 + 12
 
 def test_the_same_seed_gives_the_same_frames():
