@@ -1,5 +1,6 @@
 "From video files to batches: what the modules of `spotter.data` promise to the rest."
 import hashlib, json, warnings
+from fractions import Fraction
 from pathlib import Path
 
 import accelerate
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from spotter.core import AugmentParams, find_root, load_params
 from spotter.data.corpora import COLUMNS, CorpusError, index_dataset
-from spotter.data.faces import DETECTORS, NoFaceError, crop_face, face_clip, make_detector
+from spotter.data.faces import BOX_STEP, DETECTORS, NoFaceError, crop_boxes, crop_face, face_clip, link_tracks, make_detector
 from spotter.data.loader import MEAN, STD, ClipDataset, to_input
 from spotter.data.prepare import prepare_corpus
 from spotter.data.sampling import BalancedSampler, sample_positions
@@ -192,6 +193,59 @@ def test_crop_is_exact_to_a_fraction_of_a_pixel():
         assert np.allclose(crop_face(ramp, (10 + shift, 5, 30 + shift, 25), 20)[:, 5], 60 + 4*shift, atol=0.6)
 
 
+# Another processor ends sums in other last bits. Nudges a million times as large must not change what is cut.
+
+SQUARES = {"random": [(*np.random.default_rng(k).uniform(-20, 60, 2), np.random.default_rng(k).uniform(16, 140)) for k in range(60)],
+           "whole": [(x, y, side) for x, y in ((0, 0), (10, 23), (-7, 40)) for side in (16, 31, 64, 96, 128, 192)],   # 64 is the output
+           "half": [(x + .5, x + .25, side) for x in (0, 10) for side in (32.5, 64, 76.8, 128.5)]}
+
+def nudged(box, rng, count=4): return [np.asarray(box) + rng.choice([-1e-9, 1e-9], len(box)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", SQUARES)
+def test_a_nudged_box_gives_the_same_crop(kind):
+    rng = np.random.default_rng(3)
+    frame, mask = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8), np.where(rng.random((90, 120)) > .5, 255, 0).astype(np.uint8)
+    for x, y, side in SQUARES[kind]:
+        box = np.array([x, y, x + side, y + side])
+        crop, cut = crop_face(frame, box, 64), crop_face(mask, box, 64, is_mask=True)
+        for other in nudged(box, rng):
+            assert np.abs(crop_face(frame, other, 64).astype(int) - crop).max() <= 1, box
+            assert np.array_equal(crop_face(mask, other, 64, is_mask=True), cut), box
+
+
+def test_half_covered_pixels_of_a_mask_are_altered():
+    "However the processor rounds 127.5: at the scales 1 and 6/5, the latter with fractions that no float holds."
+    mask = np.zeros((40, 40), np.uint8); mask[:, 20:] = 255
+    assert crop_face(mask, (10.5, 0, 30.5, 20), 20, is_mask=True)[0].tolist() == [0]*9 + [1]*11
+    assert crop_face(mask, (17, 0, 23, 6), 5, is_mask=True)[0].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_nudged_detections_give_the_same_boxes():
+    rng = np.random.default_rng(4)
+    for every, margin in ((1, 1.), (4, 1.), (6, 1.3), (8, 1.5)):
+        track = {i: np.array([10 + i, 20, 70 + i, 90, .9]) for i in range(0, 25, every)}
+        boxes = crop_boxes(track, 25, margin, every/2)
+        assert np.array_equal(boxes % BOX_STEP, np.zeros_like(boxes))
+        assert np.array_equal(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])   # still squares
+        for _ in range(5):
+            other = {i: nudged(b, rng, 1)[0] for i, b in track.items()}
+            assert np.array_equal(crop_boxes(other, 25, margin, every/2), boxes)
+
+
+def test_nudged_detections_give_the_same_tracks():
+    "Two faces of one size, two boxes that overlap a face equally, and an overlap that is just large enough (20 of 100 pixels)."
+    rng = np.random.default_rng(5)
+    square = lambda x, y, side=10: [x, y, x + side, y + side, .9]
+    cases = {"equal sizes": ({0: [square(0, 0), square(40, 0)], 4: [square(40, 0), square(0, 0)]}, [[0, 0], [40, 40]]),
+             "equal overlaps": ({0: [square(10, 0)], 4: [square(8, 0), square(12, 0)]}, [[10, 8], [12]]),
+             "just large enough": ({0: [[0, 0, 6, 10, .9]], 4: [[4, 0, 10, 10, .9]]}, [[0, 4]])}
+    for name, (found, expected) in cases.items():
+        for _ in range(20):
+            tracks = link_tracks({i: np.stack([nudged(b, rng, 1)[0] for b in boxes]) for i, boxes in found.items()})
+            assert [[round(b[0]) for b in t.values()] for t in tracks] == expected, name
+
+
 # --- the store -------------------------------------------------------------------------------------------------------
 
 def test_store_round_trip_and_mask_alignment(store, corpus, params):
@@ -261,6 +315,14 @@ def test_training_and_testing_share_the_spacing(n, count):
         assert train.min() >= 0 and train.max() < n
         assert np.abs(np.diff(train) - n/count).max() < 1 and np.abs(np.diff(test) - n/count).max() < 1
         if n % count == 0: assert np.array_equal(np.diff(train), np.diff(test))
+
+
+def test_positions_are_exact():
+    "A phase of torch's generator has 24 bits, so no product on the way to the floor is rounded."
+    rng = np.random.default_rng(6)
+    for _ in range(300):
+        n, count, phase = int(rng.integers(1, 5000)), int(rng.integers(1, 64)), float(np.float32(rng.random(dtype=np.float32)))
+        assert sample_positions(n, count, phase).tolist() == [min((k + Fraction(phase))*n//count, n - 1) for k in range(count)]
 
 
 class Still(ClipStore):
