@@ -6,7 +6,7 @@ export PYTHONWARNINGS = ignore
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 .DEFAULT_GOAL := help
-.PHONY: help repro results readme test lab bench reference clean environment data
+.PHONY: help repro results readme test test-all lab bench reference clean environment data
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -15,22 +15,30 @@ help:  ## this list
 	python3 -m venv .uv && .uv/bin/pip install --quiet uv
 
 environment: $(filter .uv/%,$(UV))
-	@$(UV) sync --frozen --quiet
+	@$(UV) sync --frozen --quiet --compile-bytecode  # or every process compiles PyTorch anew where Python may not write caches
 
 data: environment
 	@$(RUN) dvc pull --quiet data.dvc
 
-repro: data  ## train, evaluate and compare all arms; reruns only what changed
+repro: data  ## train, evaluate and compare all models; reruns only what changed
 	$(RUN) dvc repro
 
-results: data  ## after repro: three seeds of each arm, unseen methods, a learning curve, what masks are worth, costs; fifteen more trainings, resumable
+results: data  ## after repro: several seeds per model, unseen methods, a learning curve, an ablation, computational costs; fifteen more trainings, resumable
 	$(RUN) dvc repro --quiet prepare results/dvc.yaml:prepare
 	$(RUN) dvc repro --allow-missing results/dvc.yaml  # a training whose tables are here is not done again because its checkpoint is elsewhere
 
-test: data  ## notebooks against package, every library notebook, pytest
-	$(RUN) pytest -n 2 tests/test_notebooks.py
-	OMP_NUM_THREADS=1 $(RUN) nbdev_test --skip_folder_re '^[_.]|^stages' --n_workers 2
-	OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_pipeline.py $(filter-out %/test_pipeline.py %/test_notebooks.py,$(wildcard tests/test_*.py))  # the longest first
+# two processes of one thread each; a file's tests share its fixtures in one process
+PYTEST = OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder
+# a processor without AVX2 and AVX-512, as PyTorch, OpenCV, NumPy and MKL see it
+OLD_PROCESSOR = ATEN_CPU_CAPABILITY=default OPENCV_CPU_DISABLE=AVX2,AVX512-SKX NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4" MKL_ENABLE_INSTRUCTIONS=SSE4_2
+
+test: data  ## minutes: every library notebook, notebooks against package, tests
+	OMP_NUM_THREADS=1 $(RUN) nbdev_test --skip_folder_re '^[_.]|^stages' --skip_file_re '^[_.]|^index|^datasheet' --n_workers 2
+	$(PYTEST) -m "not slow"
+
+test-all: data  ## what only a long run can show: several models, many trainings, pages on the files as they are, other instruction sets
+	$(PYTEST) -m slow
+	$(OLD_PROCESSOR) $(PYTEST) -m "not slow" tests/test_data.py tests/test_model.py tests/test_metrics.py
 
 lab: data  ## JupyterLab on the notebooks
 	$(RUN) jupyter lab --notebook-dir=. nbs/index.ipynb
@@ -38,8 +46,8 @@ lab: data  ## JupyterLab on the notebooks
 bench: data  ## speeds as ratios, measured side by side
 	$(RUN) dvc repro --quiet prepare
 	$(RUN) python benchmarks/training_step.py
-	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/heatmaps.py   # as in anybody's notebook
-	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/inference.py  # as in anybody's notebook
+	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/heatmaps.py   # as in a user's notebook
+	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/inference.py  # as in a user's notebook
 
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
 	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"

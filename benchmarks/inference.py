@@ -1,8 +1,8 @@
-"""From the bare backbone, the limit, to a whole video: what each layer of Spotter adds to it, and what the plain way costs.
+"""Computational cost of each step from frames to the verdict of a whole video, as a ratio to the bare backbone.
 
-- limit: timm's backbone on 24 frames that are ready, in the same precision and memory format
-- plain: the same network on efficientnet_pytorch, in fp32 and PyTorch's default memory format
-- video: ten seconds of 1280 × 720 at 25 frames a second, H.264, with one face
+- bare backbone, the lower limit: timm's backbone on 24 frames that are ready, in the same precision and memory format
+- plain network: the same layers on efficientnet_pytorch, in fp32 and PyTorch's default memory format
+- video: ten seconds of 1280 × 720 at 25 frames per second, H.264, with one face
 
 Speeds do not depend on what was learnt, so the networks have random weights.
 """
@@ -19,21 +19,21 @@ from efficientnet_pytorch import EfficientNet
 from timing import in_turn, say
 from torch import nn
 
-from spotter.model.checkpoint import save_model
 from spotter.core import find_root, load_params
-from spotter.runtime import autocast, resolve_precision
-from spotter.model.export import export_onnx
+from spotter.data.video import read_frames, write_video
 from spotter.explain.gradcam import MultiScaleGradCAM
-from spotter.predict.detector import Detector
-from spotter.predict.windows import FRAMES
+from spotter.model.checkpoint import save_model
+from spotter.model.export import export_onnx
 from spotter.model.network import TemporalCNN_GRU, pool_over_time
 from spotter.model.pyramid import create_backbone
+from spotter.predict.detector import Detector
+from spotter.predict.windows import FRAMES
+from spotter.runtime import autocast, resolve_precision
 from spotter.train.setup import make_model
-from spotter.data.video import read_frames, write_video
 
 
 class PlainNetwork(nn.Module):
-    "Spotter's network as one would write it down: backbone of efficientnet_pytorch, fp32, channels first."
+    "Spotter's network without its optimisations: backbone of efficientnet_pytorch, fp32, channels first."
     def __init__(self, model: TemporalCNN_GRU):
         super().__init__()
         self.net, self.head = EfficientNet.from_name(model.config["backbone"], include_top=False), model.feature_extractor
@@ -48,10 +48,11 @@ class PlainNetwork(nn.Module):
         return self.classifier(pool_over_time(temporal))
 
 
-def film(path: Path, seconds: int = 10, rate: int = 25) -> Path:
-    "A bundled clip, to and fro, in the middle of a 720p frame."
+def long_video(path: Path, seconds: int = 10, rate: int = 25) -> Path:
+    "A bundled clip, played forwards and backwards in turn, in the middle of a 720p frame."
     frames, _ = read_frames(next(iter(sorted((find_root()/"data/original_sequences").rglob("*.mp4")))))
-    wide = [cv2.copyMakeBorder(cv2.resize(f, (720, 720), interpolation=cv2.INTER_CUBIC), 0, 0, 280, 280, cv2.BORDER_REFLECT) for f in frames]
+    large = [cv2.resize(f, (720, 720), interpolation=cv2.INTER_CUBIC) for f in frames]
+    wide = [cv2.copyMakeBorder(f, 0, 0, 280, 280, cv2.BORDER_REFLECT) for f in large]
     order = np.abs((np.arange(seconds*rate) + len(wide) - 1) % (2*len(wide) - 2) - (len(wide) - 1))
     write_video(path, [wide[i] for i in order], rate)
     return path
@@ -74,26 +75,35 @@ def measure(key: str, rounds: int, folder: Path):
     clip = torch.randn(1, FRAMES, 3, spec.image_size, spec.image_size)
     ready = clip[0].contiguous(memory_format=torch.channels_last)
     save_model(model, folder/"random.safetensors", faces=params.faces.model_dump(), frames=params.clips.eval_frames)
-    detector, video, looked = Detector(folder/"random.safetensors", precision=precision), film(folder/"film.mp4"), {True: [], False: []}
+    detector, video = Detector(folder/"random.safetensors", precision=precision), long_video(folder/"video.mp4")
+    looked = {True: [], False: []}   # with heatmaps or without -> analyses
     options = onnxruntime.SessionOptions(); options.intra_op_num_threads = params.threads
     export_onnx(model, folder/"random.onnx")
     session = onnxruntime.InferenceSession(folder/"random.onnx", options, providers=["CPUExecutionProvider"])
-    sides = {"bare": (forward, bare, ready, precision), "model": (forward, model, clip, precision), "heatmaps": (with_heatmaps, model, clip, precision),
-             "plain": (forward, plain, clip, "fp32"), "onnx": (lambda: session.run(None, {"clip": clip.numpy()}),),
-             "analyze": (lambda: looked[True].append(detector.analyze(video)),), "verdict": (lambda: looked[False].append(detector.analyze(video, heatmaps=False)),)}
+    sides = {"bare": (forward, bare, ready, precision), "model": (forward, model, clip, precision),
+             "heatmaps": (with_heatmaps, model, clip, precision), "plain": (forward, plain, clip, "fp32"),
+             "onnx": (lambda: session.run(None, {"clip": clip.numpy()}),),
+             "analyze": (lambda: looked[True].append(detector.analyze(video)),),
+             "verdict": (lambda: looked[False].append(detector.analyze(video, heatmaps=False)),)}
     found = in_turn(sides, rounds)
     against = lambda a, b="bare": [times[a]/times[b] for times in found]
     print(f"{key}: {FRAMES} frames, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
-    for name, text in (("model", "model(x)"), ("heatmaps", "verdict and heatmaps"), ("onnx", "ONNX Runtime, fp32"), ("analyze", "analyze(video)")): say(f"time of {text} / bare backbone", against(name))
+    texts = dict(model="model(x)", heatmaps="verdict and heatmaps", onnx="ONNX Runtime, fp32", analyze="analyze(video)")
+    for name, text in texts.items(): say(f"time of {text} / bare backbone", against(name))
     say("time of the plain network / model(x)", against("plain", "model"))
     parts = {"decoding": ("reading", True), "faces": ("faces", True), "model": ("network", False)}
-    share = {name: statistics.median(a.seconds[key]/times["bare"] for a, times in zip(looked[heat][1::2], found)) for name, (key, heat) in parts.items()}
-    share["heatmaps"] = statistics.median((a.seconds["network"] - b.seconds["network"])/times["bare"] for a, b, times in zip(looked[True][1::2], looked[False][1::2], found))
-    print("    of that, on", len(looked[True][0].people[0].indices), "frames:", ", ".join(f"{name} {value:.2f}" for name, value in share.items()), flush=True)
+    timed = {heat: analyses[1::2] for heat, analyses in looked.items()}   # the second of each pair, see `in_turn`
+    share = {name: statistics.median(a.seconds[key]/times["bare"] for a, times in zip(timed[heat], found))
+             for name, (key, heat) in parts.items()}
+    share["heatmaps"] = statistics.median((a.seconds["network"] - b.seconds["network"])/times["bare"]
+                                          for a, b, times in zip(timed[True], timed[False], found))
+    frames, text = len(timed[True][0].people[0].indices), ", ".join(f"{name} {value:.2f}" for name, value in share.items())
+    print(f"    of that, on {frames} frames: {text}", flush=True)
 
 
-def main(models: list[str] = typer.Argument(None, help="models of params.yaml; by default those with three scales"), rounds: int = typer.Option(5, help="how often each side is timed")):
-    "Print what inference costs, in times of the bare backbone's."
+def main(models: list[str] = typer.Argument(None, help="models of params.yaml; by default those with three scales"),
+         rounds: int = typer.Option(5, help="how often each side is timed")):
+    "Print the time of inference as a ratio to the bare backbone's."
     for key in models or [name for name, spec in load_params().models.items() if spec.use_multiscale]:
         with tempfile.TemporaryDirectory() as folder: measure(key, rounds, Path(folder))
 

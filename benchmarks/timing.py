@@ -9,7 +9,7 @@ def seconds(step, *args) -> float:
 
 
 def in_turn(sides: dict, rounds: int) -> list[dict[str, float]]:
-    "Seconds of each side, a name -> (step, *arguments), in each of some rounds. Each runs once more before it is timed, because what ran last leaves caches and allocator to it in its own way."
+    "Seconds of each side, a name -> (step, *arguments), in each round. Each runs once untimed first, to fill caches and allocator."
     def second(step, *args):
         step(*args)
         return seconds(step, *args)

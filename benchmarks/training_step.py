@@ -1,7 +1,7 @@
 """A training step on prepared clips, loading included, against bare forward and backward of the timm backbone.
 
-Both sides run in turn in one process, in the same precision and memory format and on as many frames, so the ratio holds while the machine's speed drifts.
-1.0 would mean that loading, augmentation, pyramid, attention, GRU, clipping and the optimiser cost nothing.
+Both sides run in turn in one process, in the same precision and memory format and on as many frames, so the ratio holds while
+the machine's speed drifts. 1.0 would mean that loading, augmentation, pyramid, attention, GRU, clipping and the optimiser cost nothing.
 """
 from itertools import count
 
@@ -9,27 +9,28 @@ import torch
 import typer
 from timing import say, seconds
 
-from spotter.data.store import ClipStore
 from spotter.core import find_root, load_params
-from spotter.runtime import autocast, resolve_precision
+from spotter.data.store import ClipStore
 from spotter.model.pyramid import create_backbone
+from spotter.runtime import autocast, resolve_precision
 from spotter.train.loop import batch_loss
 from spotter.train.setup import depthwise_in_fp32, start_session
 
 
 def endless(loader, start):
-    "Batches for ever, one epoch after the other."
+    "Batches without end, one epoch after the other."
     for epoch in count(start):
         loader.set_epoch(epoch)
         yield from loader
 
 
 def training_step(session, batches):
-    "One batch from the disk to the updated weights."
+    "One batch, from the stored crops to the updated weights."
     batch, mask_weight = next(batches), session.params.train.mask_loss * session.params.models[session.key].use_multiscale
     with session.accelerator.accumulate(session.model):
         session.accelerator.backward(batch_loss(session.model, batch, session.loss_fn, mask_weight))
-        if session.accelerator.sync_gradients: session.accelerator.clip_grad_norm_(session.model.parameters(), session.params.train.clip_norm)
+        if session.accelerator.sync_gradients:
+            session.accelerator.clip_grad_norm_(session.model.parameters(), session.params.train.clip_norm)
         session.optimizer.step(); session.scheduler.step(); session.optimizer.zero_grad()
 
 
@@ -47,7 +48,8 @@ def measure(key: str, pairs: int, block: int = 3):
     spec, precision = params.models[key], resolve_precision(params.train.precision)
     n = spec.batch_size * params.clips.frames
     x = torch.randn(n, 3, spec.image_size, spec.image_size).contiguous(memory_format=torch.channels_last)
-    nets = {name: create_backbone(spec.backbone).to(memory_format=torch.channels_last).train() for name in ("as it comes", "depthwise in fp32")}
+    nets = {name: create_backbone(spec.backbone).train().to(memory_format=torch.channels_last)
+            for name in ("unchanged", "depthwise in fp32")}
     depthwise_in_fp32(nets["depthwise in fp32"])
     batches, ratios = endless(session.loader, params.train.grow_epochs), {name: [] for name in nets}
     for _ in range(2): training_step(session, batches)
@@ -56,11 +58,12 @@ def measure(key: str, pairs: int, block: int = 3):
         # a block of steps, so that batches which were loaded ahead of time do not count as free
         ours = sum(seconds(training_step, session, batches) for _ in range(block))
         for name, net in nets.items(): ratios[name].append(sum(seconds(bare_step, net, x, precision) for _ in range(block)) / ours)
-    print(f"{key}: {n} frames a step, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
+    print(f"{key}: {n} frames per step, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
     for name, found in ratios.items(): say(f"speed of a training step / bare forward+backward, backbone {name}", found)
 
 
-def main(models: list[str] = typer.Argument(None, help="models of params.yaml; all by default"), pairs: int = typer.Option(3, help="how often both sides are timed")):
+def main(models: list[str] = typer.Argument(None, help="models of params.yaml; all by default"),
+         pairs: int = typer.Option(3, help="how often both sides are timed")):
     "Print the speed of a training step as a ratio to the bare backbone's."
     for key in models or load_params().models: measure(key, pairs)
 

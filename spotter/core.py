@@ -137,7 +137,7 @@ def apply_overlay(
     overlay: str | Path,              # YAML with some of the settings, relative to the project
     path: str | Path | None = None,   # by default the project's `params.yaml`
 ) -> list[str]:  # the names of the settings that changed
-    "Write the values of `overlay` into `params.yaml`. Raises `ValueError` when the result has a wrong setting, and then leaves the file as it was."
+    "Write the values of `overlay` into `params.yaml`. Raises `ValueError` for a wrong setting, and then leaves the file as it was."
     path = Path(path or find_root()/"params.yaml")
     before, editor = path.read_text(), YAML()
     settings, values = editor.load(before), editor.load((find_root(path.parent)/overlay).read_text())

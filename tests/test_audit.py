@@ -27,16 +27,27 @@ pytestmark = pytest.mark.skipif(not (DATA/"manifest.csv").exists(), reason=f"{DA
 TEN_PAIRS = pytest.param(60, id="ten pairs", marks=pytest.mark.slow)
 
 
+# H.264 codes the flat dark room of this clip a little differently when the face in it flickers.
+# The clip stays as it was rendered: the datasheet names it.
+KNOWN = {"FaceSwap/c23/137_136"}
+
+
 @pytest.fixture(scope="session")
 def index(): return index_dataset(DATA, "ffpp", "c23")
 
 
-@pytest.fixture(scope="session", params=[pytest.param(12, id="two pairs"), TEN_PAIRS])
-def looked(request, all_clips):
-    "Everything that the audit measures, of so many clips, or of all with `--all-clips`."
+@lru_cache
+def measured(sample, every, workers):
+    "Everything that the audit measures of so many clips, looking for the face on every n-th frame."
     params = load_params(ROOT/"params.yaml")
     params = params.model_copy(update=dict(data=params.data.model_copy(update=dict(root="data", layout="ffpp", compression="c23"))))
-    return measure_corpus(params, DATA, every=1, workers=2) if all_clips else measure_corpus(params, DATA, sample=request.param, workers=1)
+    return measure_corpus(params, DATA, sample=sample, every=every, workers=workers)
+
+
+@pytest.fixture(scope="session", params=[pytest.param(12, id="two pairs"), TEN_PAIRS])
+def looked(request, all_clips):
+    "Measured clips; with `--all-clips` all of them, whatever the number of pairs in the test's name."
+    return measured(0, 1, 2) if all_clips else measured(request.param, 0, 1)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +60,7 @@ def trio(index):
     return original, altered, masks, codings, difference(original, altered, masks, codings)
 
 
-# ---- the bundled clips ------------------------------------------------------------------------------------------------------------------------------------
+# ---- the bundled clips --------------------------------------------------------------------------------------------------------------
 
 def test_real_and_fake_are_coded_alike(index):
     assert len({probe(DATA/p) for p in index.path}) == 1, "videos differ in size, rate, length or format"
@@ -68,7 +79,7 @@ def test_fakes_differ_from_their_originals_inside_the_mask_only(looked):
     fakes = compared_fakes(looked)
     assert len(fakes) == (looked.label == 1).sum() > 0
     bad = fakes[~fakes["holds"]]
-    assert bad.empty, bad.round(3).to_string()
+    assert set(bad.clip_id) == KNOWN & set(fakes.clip_id), bad.round(3).to_string()
 
 
 def test_no_manipulated_pixel_counts_as_background(looked):
@@ -90,19 +101,17 @@ def test_no_shortcut(looked, all_clips):
 
 
 def test_every_clip_has_every_feature(looked):
-    for group in GROUPS: assert looked.filter(like=f"{group}.").notna().all(axis=None) and looked.filter(like=f"{group}.").shape[1] > 2, group
+    for group in GROUPS:
+        features = looked[[c for c in looked if c.startswith(f"{group}.")]]
+        assert features.shape[1] > 2 and features.notna().all(axis=None), group
 
 
-# ---- what the stage wrote ---------------------------------------------------------------------------------------------------------------------------------
+# ---- what the stage wrote -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def written():
     if not (METRICS/"audit.csv").is_file(): pytest.skip(f"{METRICS/'audit.csv'} is not there: `dvc repro audit` makes it")
     return pd.read_csv(METRICS/"audit.csv", keep_default_na=False, na_values=dict.fromkeys(("value", "lo", "hi", "bound"), ""))
-
-
-# H.264 codes the flat dark room of this clip a little differently when the face in it flickers. The clip stays as it was rendered: the datasheet names it.
-KNOWN = {"FaceSwap/c23/137_136"}
 
 
 def test_every_bound_holds(written):
@@ -126,7 +135,7 @@ def test_every_fake_was_compared(written, index):
     assert set(clips.clip_id) == set(index.clip_id[index.label == 1]) and set(clips.clip_id[~clips["holds"]]) == KNOWN
 
 
-# ---- the audit can fail -----------------------------------------------------------------------------------------------------------------------------------
+# ---- the audit can fail -------------------------------------------------------------------------------------------------------------
 
 def moved(frames, dx):
     "Frames whose content is shifted to the right by `dx` pixels."
@@ -179,8 +188,9 @@ def recoded_pairs(index, tmp_path_factory):
         return file_features(folder/"x.mp4")
 
     def make(crf):
-        rows = [dict(label=0, target_id=name, source_id="") | coded(name, 23) for name in names]
-        return pd.DataFrame(rows + [dict(label=1, target_id=name, source_id=names[k ^ 1]) | coded(name, crf) for k, name in enumerate(names)])
+        real = [dict(label=0, target_id=name, source_id="") | coded(name, 23) for name in names]
+        fake = [dict(label=1, target_id=name, source_id=names[k ^ 1]) | coded(name, crf) for k, name in enumerate(names)]
+        return pd.DataFrame(real + fake)
     return make
 
 

@@ -1,5 +1,6 @@
-"Checkpoints of the earlier program, made with the package that it was built on: the same logits, whatever was saved around them."
+"Checkpoints of the predecessor, made with `efficientnet_pytorch`, on which it was built: the same logits, however they were saved."
 import copy
+import functools
 import os
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from spotter.model.checkpoint import inspect_checkpoint, load_model, save_model
 from spotter.model.legacy import OLD_FORMAT
 from spotter.model.pyramid import BACKBONES
 
+torch.set_num_threads(1)   # the tests run side by side
 KINDS = {"b0": ("efficientnet-b0", False, False), "b0 with attention": ("efficientnet-b0", True, False),
          "b0 at several scales": ("efficientnet-b0", False, True), "b3 at several scales": ("efficientnet-b3", True, True)}
-WRAPPED = {"raw": lambda state: state, "training": lambda state: {"model": state, "epoch": 4, "optimizer": {"step": torch.zeros(1)}},
-           "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()}, "compiled training": lambda state: {"model": {f"_orig_mod.{k}": v for k, v in state.items()}, "epoch": 4}}
+WRAPPED = {"raw": lambda state: state,
+           "training": lambda state: {"model": state, "epoch": 4, "optimizer": {"step": torch.zeros(1)}},
+           "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+           "compiled training": lambda state: {"model": WRAPPED["compiled"](state), "epoch": 4}}
 
 
 class OldAttention(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.channel_attn = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width//8, 1), nn.ReLU(), nn.Conv2d(width//8, width, 1), nn.Sigmoid())
+        self.channel_attn = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width//8, 1), nn.ReLU(),
+                                          nn.Conv2d(width//8, width, 1), nn.Sigmoid())
         self.spatial_attn = nn.Sequential(nn.Conv2d(width, width//8, 1), nn.ReLU(), nn.Conv2d(width//8, 1, 1), nn.Sigmoid())
 
     def forward(self, x):
@@ -31,7 +36,7 @@ class OldAttention(nn.Module):
 
 
 class OldScales(nn.Module):
-    "The backbone in three pieces, and a fusion whose result nobody used."
+    "The backbone in three pieces, and a fusion whose result was not used."
     def __init__(self, net: EfficientNet, width: int):
         super().__init__()
         n = len(net._blocks)
@@ -42,13 +47,14 @@ class OldScales(nn.Module):
 
 
 class Old(nn.Module):
-    def __init__(self, backbone: str, attention: bool, scales: bool):
+    def __init__(self, backbone: str, attention: bool, scales: bool, hidden: int = 512):
         super().__init__()
         self.backbone, width = EfficientNet.from_name(backbone), BACKBONES[backbone].feature_dim
         self.feature_extractor = OldScales(self.backbone, width) if scales else self.backbone
         if attention: self.spatial_attention = OldAttention(width)
-        self.temporal = nn.GRU(width, 512, 2, batch_first=True, bidirectional=True)
-        self.classifier = nn.Sequential(nn.Linear(2048, 512), nn.ReLU(), nn.Dropout(.3), nn.Linear(512, 128), nn.ReLU(), nn.Dropout(.3), nn.Linear(128, 2))
+        self.temporal = nn.GRU(width, hidden, 2, batch_first=True, bidirectional=True)
+        self.classifier = nn.Sequential(nn.Linear(4*hidden, 512), nn.ReLU(), nn.Dropout(.3), nn.Linear(512, 128), nn.ReLU(),
+                                        nn.Dropout(.3), nn.Linear(128, 2))
 
     def forward(self, x):
         features = self.backbone.extract_features(x.flatten(0, 1))
@@ -57,11 +63,11 @@ class Old(nn.Module):
         return self.classifier(torch.cat([temporal.mean(1), temporal.amax(1)], 1))
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=[k.replace(" ", "-") for k in KINDS])
-def old(request):
-    "A network of the earlier program whose batch-norms have seen data, a clip, and its logits."
-    backbone, attention, scales = KINDS[request.param]
-    torch.manual_seed(len(request.param))
+@functools.cache
+def old(kind):
+    "A network of the predecessor whose batch-norms have seen data, a clip, and its logits. At native size, for which the package pads."
+    backbone, attention, scales = KINDS[kind]
+    torch.manual_seed(len(kind))
     model, size = Old(backbone, attention, scales), BACKBONES[backbone].image_size
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for m in norms: m.momentum = 1.; nn.init.uniform_(m.weight, .5, 1.5); nn.init.normal_(m.bias, std=.2)
@@ -70,27 +76,35 @@ def old(request):
         for m in norms: m.running_mean += .1*torch.randn_like(m.running_mean)
         nn.init.normal_(model.classifier[-1].weight, std=.5)
         clip = torch.randn(1, 2, 3, size, size)
-        return request.param, model.eval(), clip, model(clip)
+        return model.eval(), clip, model(clip)
 
 
-@pytest.mark.parametrize("wrapped", WRAPPED)
-def test_old_networks_give_their_logits_again(old, wrapped, tmp_path):
-    kind, model, clip, logits = old
-    backbone, attention, scales = KINDS[kind]
+def pairs():
+    "Each kind in one wrapping, and each wrapping around one kind; the other pairs are slow tests."
+    for i, kind in enumerate(KINDS):
+        for j, wrapped in enumerate(WRAPPED):
+            yield pytest.param(kind, wrapped, marks=() if i == j else pytest.mark.slow, id=f"{kind}-{wrapped}".replace(" ", "_"))
+
+
+@pytest.mark.parametrize("kind, wrapped", pairs())
+def test_old_networks_give_their_logits_again(kind, wrapped, tmp_path):
+    (backbone, attention, _), (model, clip, logits) = KINDS[kind], old(kind)
     path = tmp_path/"spotter_v1.pth"
     torch.save(WRAPPED[wrapped](model.state_dict()), path)
     ours, info = load_model(path), inspect_checkpoint(path)
     with torch.no_grad(): torch.testing.assert_close(ours(clip), logits, rtol=0, atol=1e-4)
     assert logits.abs().max() > .01 and not ours.training
-    assert (info.backbone, info.use_multiscale, info.use_attention, info.format, info.image_size) == (backbone, False, attention, OLD_FORMAT, clip.shape[-1])
-    assert (ours.temperature, ours.threshold) == (1, .5)
-    assert [n for n in info.ignored if "fusion" in n] == [n for n in model.state_dict() if "fusion" in n] and bool(info.ignored) and info.missing == []
-    assert set(info.ignored) - {n for n in model.state_dict() if "fusion" in n} <= {"backbone._fc.weight", "backbone._fc.bias"}
+    assert (info.backbone, info.use_multiscale, info.use_attention, info.format) == (backbone, False, attention, OLD_FORMAT)
+    assert info.image_size == clip.shape[-1] and (ours.temperature, ours.threshold) == (1, .5)
+    fusion = [n for n in model.state_dict() if "fusion" in n]
+    assert [n for n in info.ignored if "fusion" in n] == fusion and bool(info.ignored) and info.missing == []
+    assert set(info.ignored) - set(fusion) <= {"backbone._fc.weight", "backbone._fc.bias"}
     assert info.metadata == ({"epoch": 4} if "training" in wrapped else {})
 
 
-def test_saved_again_it_is_one_of_ours(old, tmp_path):
-    kind, model, clip, logits = old
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "b0 with attention" else pytest.mark.slow) for k in KINDS])
+def test_saved_again_it_is_one_of_ours(kind, tmp_path):
+    model, clip, logits = old(kind)
     torch.save(model.state_dict(), tmp_path/"old.pth")
     save_model(load_model(tmp_path/"old.pth"), tmp_path/"new.safetensors", origin="old.pth")
     with torch.no_grad(): torch.testing.assert_close(load_model(tmp_path/"new.safetensors")(clip), logits, rtol=0, atol=1e-4)
@@ -98,17 +112,22 @@ def test_saved_again_it_is_one_of_ours(old, tmp_path):
 
 @pytest.fixture(scope="module")
 def plain():
-    return Old("efficientnet-b0", True, False).state_dict()
+    return Old("efficientnet-b0", True, False, hidden=8).state_dict()
 
 
 def broken(state: dict) -> dict:
     "What must not be loaded, and what the error says."
     def less(*parts): return {k: v for k, v in state.items() if not k.startswith(parts)}
-    return {"another network": ({f"layer1.{i}.conv1.weight": torch.zeros(4, 4) for i in range(3)}, "not a network of the earlier program"),
-            "no recurrent network": (less("temporal."), "recurrent network is missing"), "half a recurrent network": (less("temporal.weight_hh_l1"), "do not fit"),
-            "no classifier": (less("classifier."), "0 layers"), "half an attention": (less("spatial_attention.spatial_attn"), "spatial_attn has 0 layers"),
-            "a missing block": (less("backbone._blocks.7.", "feature_extractor._blocks.7."), "missing"), "other widths": (state | {"classifier.0.weight": torch.zeros(512, 99)}, "do not fit"),
-            "two different backbones": (state | {"feature_extractor._bn1.bias": torch.full((1280,), 9.)}, "no copy"), "numbers": ({"epoch": 3}, "no tensors"), "a list": ([1, 2], "holds a list")}
+    return {"another network": ({f"layer1.{i}.conv1.weight": torch.zeros(4, 4) for i in range(3)}, "not a network of the .*predecessor"),
+            "no recurrent network": (less("temporal."), "recurrent network is missing"),
+            "half a recurrent network": (less("temporal.weight_hh_l1"), "do not fit"),
+            "no classifier": (less("classifier."), "0 layers"),
+            "half an attention": (less("spatial_attention.spatial_attn"), "spatial_attn has 0 layers"),
+            "a missing block": (less("backbone._blocks.7.", "feature_extractor._blocks.7."), "missing"),
+            "other widths": (state | {"classifier.0.weight": torch.zeros(512, 99)}, "do not fit"),
+            "two different backbones": (state | {"feature_extractor._bn1.bias": torch.full((1280,), 9.)}, "no copy"),
+            "numbers": ({"epoch": 3}, "no tensors"),
+            "a list": ([1, 2], "holds a list")}
 
 
 @pytest.mark.parametrize("kind", broken({}))
@@ -137,7 +156,8 @@ def test_damaged_files_are_named(plain, tmp_path):
     torch.save(copy.copy(plain), tmp_path/"whole.pth")
     save_file({"w": torch.zeros(4)}, tmp_path/"other.safetensors")
     data = (tmp_path/"whole.pth").read_bytes()
-    contents = {"cut.pth": data[:len(data)//2], "text.pth": b"no weights here", "empty.pth": b"", "zeros.pth": bytes(1000), "cut.safetensors": (tmp_path/"other.safetensors").read_bytes()[:60]}
+    contents = {"cut.pth": data[:len(data)//2], "text.pth": b"no weights here", "empty.pth": b"", "zeros.pth": bytes(1000),
+                "cut.safetensors": (tmp_path/"other.safetensors").read_bytes()[:60]}
     for name, content in contents.items(): (tmp_path/name).write_bytes(content)
     for name in (*contents, "other.safetensors"):
         with pytest.raises(ValueError, match=name): load_model(tmp_path/name)

@@ -1,5 +1,6 @@
-"""The figures of merit against scikit-learn, brute force and arithmetic; the bootstrap against cases whose answer is known."""
-import json, math
+"""The metrics against scikit-learn, brute force and arithmetic; the bootstrap against cases whose answer is known."""
+import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -7,12 +8,16 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import (accuracy_score, average_precision_score, balanced_accuracy_score, brier_score_loss, f1_score, recall_score, roc_auc_score)
+from sklearn.metrics import (accuracy_score, average_precision_score, balanced_accuracy_score, brier_score_loss, f1_score, recall_score,
+                             roc_auc_score, roc_curve)
 
-from spotter.evaluate.tables import coverage, metrics_by_group, model_metrics, overall_metrics, prediction_table, read_predictions, write_json, write_predictions
-from spotter.metrics.bootstrap import bootstrap_intervals, identity_units, paired_differences, significance
+from spotter.evaluate.seeds import over_seeds
+from spotter.evaluate.tables import (PREDICTION_COLUMNS, STORED_WORDS, coverage, metrics_by_group, model_metrics, overall_metrics,
+                                     prediction_table, read_predictions, recall_and_auc, write_json, write_predictions)
+from spotter.metrics.bootstrap import (bootstrap_intervals, bootstrap_rows, identity_units, interval, paired_differences, resampled_rows,
+                                       significance)
 from spotter.metrics.calibration import CALIBRATION_BINS, TEMPERATURE_BOUNDS, calibration_table, fit_temperature
-from spotter.metrics.classification import classification_metrics
+from spotter.metrics.classification import auc, classification_metrics, ranking_metrics
 from spotter.metrics.threshold import choose_threshold, mean_f1
 
 
@@ -24,14 +29,18 @@ def scores(seed, n=80, ties=False):
     return y, np.round(p, 1) if ties else p
 
 
-def key(skill=1.5, pairs=12, seed=0):
-    "A prediction table of `pairs` pairs of identities: two reals and eight fakes each."
+METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+
+
+def predictions(skill=1.5, pairs=12, seed=0):
+    "A prediction table of `pairs` identity pairs: two real and eight fake clips of each."
     rng, rows = np.random.default_rng(seed), []
     for k in range(pairs):
         a, b, hardness = f"{2*k:03d}", f"{2*k + 1:03d}", rng.normal()
         rows += [(f"real/{t}", 0, "original", t, "", hardness) for t in (a, b)]
-        rows += [(f"{m}/{t}_{s}", 1, m, t, s, hardness) for m in ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures") for t, s in ((a, b), (b, a))]
-    clips = pd.DataFrame(rows, columns=["clip_id", "label", "method", "target_id", "source_id", "hardness"]).assign(strength="", compression="c23")
+        rows += [(f"{m}/{t}_{s}", 1, m, t, s, hardness) for m in METHODS for t, s in ((a, b), (b, a))]
+    clips = pd.DataFrame(rows, columns=["clip_id", "label", "method", "target_id", "source_id", "hardness"])
+    clips = clips.assign(strength="", compression="c23")
     z = (2*clips.label - 1)*(skill/2 - .4*clips.hardness) + rng.normal(size=len(clips))
     return prediction_table(clips, np.stack([-z, z], 1), 1., .5)
 
@@ -42,10 +51,12 @@ def key(skill=1.5, pairs=12, seed=0):
 def test_against_scikit_learn(seed, ties, threshold):
     y, p = scores(seed, ties=ties)
     verdict = (p >= threshold).astype(int)
-    expected = dict(accuracy=accuracy_score(y, verdict), balanced_accuracy=balanced_accuracy_score(y, verdict), real_recall=recall_score(y, verdict, pos_label=0),
-                    fake_recall=recall_score(y, verdict, pos_label=1), auc=roc_auc_score(y, p), average_precision=average_precision_score(y, p), brier=brier_score_loss(y, p))
+    expected = dict(accuracy=accuracy_score(y, verdict), balanced_accuracy=balanced_accuracy_score(y, verdict),
+                    real_recall=recall_score(y, verdict, pos_label=0), fake_recall=recall_score(y, verdict, pos_label=1),
+                    auc=roc_auc_score(y, p), average_precision=average_precision_score(y, p), brier=brier_score_loss(y, p))
     found = classification_metrics(y, p, threshold)
-    assert list(found) == ["accuracy", "balanced_accuracy", "real_recall", "fake_recall", "auc", "average_precision", "eer", "ece", "brier"]
+    assert list(found)[:5] == ["accuracy", "balanced_accuracy", "real_recall", "fake_recall", "auc"]
+    assert list(found)[5:] == ["average_precision", "eer", "ece", "brier"]
     assert {k: found[k] for k in expected} == pytest.approx(expected, abs=1e-12)
 
 
@@ -53,6 +64,23 @@ def test_per_class_recall_does_not_depend_on_the_order_of_rows():
     y, p = scores(3)
     order = np.random.default_rng(0).permutation(len(y))
     assert classification_metrics(y[order], p[order]) == pytest.approx(classification_metrics(y, p), abs=1e-12)
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 16])
+@pytest.mark.parametrize("seed", range(20))
+def test_auc_is_the_area_under_the_curve(seed, decimals):
+    "The sum of ranks gives what the trapezoids under the ROC curve give, with many ties, few, and none."
+    y, p = scores(seed, n=20 + 10*seed)
+    p = np.round(p, decimals)
+    fpr, tpr, _ = roc_curve(y, p, drop_intermediate=False)
+    assert ranking_metrics(y, p)["auc"] == auc(y, p) == pytest.approx(np.trapezoid(tpr, fpr), abs=1e-12)
+    assert auc(y, np.stack([p, -p, 0*p], 1)).tolist() == pytest.approx([auc(y, p), 1 - auc(y, p), .5], abs=1e-12)
+
+
+def test_auc_by_hand():
+    # fakes .4 and .9 against reals .1 and .4: of four couples three are in order and one ties
+    assert auc([0, 0, 1, 1], [.1, .4, .4, .9]) == 3.5/4
+    assert math.isnan(auc([1, 1], [.1, .2])) and np.isnan(auc([0, 0], np.ones((2, 3)))).tolist() == [True]*3
 
 
 def brute_force_eer(y, p):
@@ -71,7 +99,7 @@ def test_equal_error_rate_against_brute_force(seed, ties):
 
 
 def test_calibration_error_by_hand():
-    # (0.2, 0.3] holds .22 .28 with one fake: |.25 - .5|; (0.7, 0.8] holds .75 .75 .8 with three: |.766667 - 1|; (0.9, 1] holds 1.0, a fake: 0
+    # (0.2, 0.3] holds .22 .28 with one fake: |.25 - .5|; (0.7, 0.8] holds .75 .75 .8 with three: |.766667 - 1|; (0.9, 1] 1, a fake: 0
     y, p = [0, 1, 1, 1, 1, 1], [.22, .28, .75, .75, .8, 1.]
     assert classification_metrics(y, p)["ece"] == pytest.approx((2*.25 + 3*(1 - 2.3/3) + 0)/6)
     assert calibration_table(y, p).n.tolist() == [2, 3, 1]
@@ -91,14 +119,15 @@ def test_an_absent_class_leaves_nan_and_nothing_made_up():
         assert {k for k, v in found.items() if math.isnan(v)} == {missing, "balanced_accuracy", "auc", "average_precision", "eer"}
 
 
-@pytest.mark.parametrize("y, p, words", [([0, 1], [.1, math.nan], "not finite"), ([0, 1], [.1, math.inf], "not finite"), ([0, 1, 1], [.1, .2], "shape"),
-                                         ([0, 1], [.1, 1.2], "probabilities"), ([0, 2], [.1, .2], "labels"), ([], [], "no clips")])
+@pytest.mark.parametrize("y, p, words", [
+    ([0, 1], [.1, math.nan], "not finite"), ([0, 1], [.1, math.inf], "not finite"), ([0, 1, 1], [.1, .2], "shape"),
+    ([0, 1], [.1, 1.2], "probabilities"), ([0, 2], [.1, .2], "labels"), ([], [], "no clips")])
 def test_bad_scores_are_refused(y, p, words):
     with pytest.raises(ValueError, match=words): classification_metrics(y, p)
 
 
 def test_identity_units_are_pairs():
-    table = key(pairs=3)
+    table = predictions(pairs=3)
     units = identity_units(table)
     assert units.value_counts().to_dict() == {"000": 10, "002": 10, "004": 10}
     shuffled = table.sample(frac=1, random_state=0)
@@ -113,17 +142,39 @@ def test_identity_units_join_chains_and_refuse_numbers():
 
 
 def hits(n, share, copies=1):
-    "`n` people, `copies` rows of each with the same outcome, `share` of the people recognised."
-    people = pd.DataFrame(dict(target_id=[f"{i:03d}" for i in range(n)], source_id="", hit=np.arange(n) < round(share*n)))
-    return pd.concat([people]*copies, ignore_index=True)
+    "`n` identities, `copies` rows of each with the same outcome, right for a share of the identities."
+    once = pd.DataFrame(dict(target_id=[f"{i:03d}" for i in range(n)], source_id="", hit=np.arange(n) < round(share*n)))
+    return pd.concat([once]*copies, ignore_index=True)
 
 
-share_of_hits = lambda table: dict(share=float(table.hit.mean()))
+def share_of_hits(table): return dict(share=float(table.hit.mean()))
+
+
+def share_interval(table, resamples, seed=0):
+    "The interval of the share of hits: `bootstrap_intervals` with `share_of_hits`, by positions and so in a fraction of the time."
+    hit = table.hit.to_numpy(float)
+    value, samples = bootstrap_rows(table, lambda rows: hit[rows].mean(), resamples, seed)
+    return interval(float(value), samples)
+
+
+def test_resamples_take_all_rows_of_a_unit():
+    units = pd.Series(["b", "a", "b", "c"])
+    for rows in resampled_rows(units, 30, 0):
+        counts = np.bincount(rows, minlength=4)
+        assert counts[0] == counts[2] and counts[[0, 1, 3]].sum() == 3                # three units are drawn; b has rows 0 and 2
+
+
+def test_one_loop_serves_arrays_and_tables():
+    table, values = hits(6, .5, copies=2), np.arange(12.)
+    value, samples = bootstrap_rows(table, lambda rows: [values[rows].mean(), len(rows)], 40, 0)
+    assert value.tolist() == [5.5, 12] and samples.shape == (40, 2) and (samples[:, 1] == 12).all()
+    assert samples[:, 0].tolist() == [values[rows].mean() for rows in resampled_rows(identity_units(table), 40, 0)]
+    assert bootstrap_intervals(table, share_of_hits, 40, 0)["share"] == share_interval(table, 40)
 
 
 @pytest.mark.parametrize("n, share", [(50, .6), (100, .8), (200, .5)])
 def test_interval_of_a_proportion_is_near_the_exact_one(n, share):
-    found = bootstrap_intervals(hits(n, share), share_of_hits, 2000, 0)["share"]
+    found = share_interval(hits(n, share), 2000)
     exact = binomtest(round(share*n), n).proportion_ci(.95, method="wilson")
     assert found["value"] == pytest.approx(share)
     assert (found["lo"], found["hi"]) == pytest.approx((exact.low, exact.high), abs=.025)
@@ -133,13 +184,15 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(150):
         table = hits(60, .5).assign(hit=rng.random(60) < .7)
-        found = bootstrap_intervals(table, share_of_hits, 150, trial)["share"]
+        found = share_interval(table, 150, trial)
         covered += found["lo"] <= .7 <= found["hi"]
     assert .88 <= covered/150 <= .99
 
 
-def test_copies_of_a_person_add_no_evidence():
-    width = lambda table: (lambda i: i["hi"] - i["lo"])(bootstrap_intervals(table, share_of_hits, 2000, 0)["share"])
+def test_copies_of_a_clip_add_no_evidence():
+    def width(table):
+        found = share_interval(table, 2000)
+        return found["hi"] - found["lo"]
     copied = hits(40, .7, copies=4)
     as_if_independent = copied.assign(target_id=[f"{i:03d}" for i in range(len(copied))])
     assert width(copied) == pytest.approx(width(hits(40, .7)))
@@ -149,40 +202,59 @@ def test_copies_of_a_person_add_no_evidence():
 def test_undefined_intervals():
     one = bootstrap_intervals(hits(1, 1, copies=5), share_of_hits, 20, 0)["share"]
     assert one["value"] == 1 and math.isnan(one["lo"]) and math.isnan(one["hi"])
-    only_fakes = bootstrap_intervals(key().query("label == 1"), overall_metrics, 50, 0)
+    only_fakes = bootstrap_intervals(predictions().query("label == 1"), overall_metrics, 50, 0)
     assert all(math.isnan(v) for v in only_fakes["auc"].values()) and math.isfinite(only_fakes["fake_recall"]["lo"])
 
 
 def test_shuffled_rows_give_the_same_file(tmp_path):
-    table = key()
+    table = predictions()
     for name, rows in (("a", table), ("b", table.sample(frac=1, random_state=1))):
-        write_json(tmp_path/f"{name}.json", model_metrics(rows, table[:0], 1., .5, 100, 0))
+        write_json(tmp_path/f"{name}.json", model_metrics(rows, table[:0], 1., .5, 30, 0))
     assert (tmp_path/"a.json").read_bytes() == (tmp_path/"b.json").read_bytes()
     stored = json.loads((tmp_path/"a.json").read_text())
     assert stored["n"] == {"clips": 120, "real": 24, "fake": 96, "units": 12}
     assert set(stored["auc"]) == {"value", "lo", "hi"} and stored["auc"]["lo"] < stored["auc"]["value"] < stored["auc"]["hi"]
 
 
-def test_an_arm_does_not_differ_from_itself():
-    table = key()
-    for figure in paired_differences(table, table.sample(frac=1, random_state=0), overall_metrics, 100, 0).values():
-        assert list(figure.values()) == pytest.approx([0, 0, 0], abs=1e-12)
-        assert significance(figure) == "cannot be told from noise"
+def test_a_model_does_not_differ_from_itself():
+    table = predictions()
+    for difference in paired_differences(table, table.sample(frac=1, random_state=0), overall_metrics, 30, 0).values():
+        assert list(difference.values()) == pytest.approx([0, 0, 0], abs=1e-12)
+        assert significance(difference) == "not significant"
 
 
 def test_paired_differences_have_the_sign_of_a_minus_b_and_are_narrower_than_unpaired_ones():
-    a, b = key(2.), key(1.6)
-    found = paired_differences(a, b, overall_metrics, 400, 0)["auc"]
-    assert found["value"] == pytest.approx(roc_auc_score(a.label, a.p_fake) - roc_auc_score(b.label, b.p_fake)) and significance(found) == "higher"
-    assert significance(paired_differences(b, a, overall_metrics, 400, 0)["auc"]) == "lower"
-    alone = bootstrap_intervals(a, overall_metrics, 400, 0)["auc"]
+    a, b = predictions(2.), predictions(1.6)
+    found = paired_differences(a, b, recall_and_auc, 200, 0)["auc"]
+    assert found["value"] == pytest.approx(roc_auc_score(a.label, a.p_fake) - roc_auc_score(b.label, b.p_fake))
+    assert significance(found) == "higher"
+    assert significance(paired_differences(b, a, recall_and_auc, 200, 0)["auc"]) == "lower"
+    alone = bootstrap_intervals(a, recall_and_auc, 200, 0)["auc"]
     assert found["hi"] - found["lo"] < alone["hi"] - alone["lo"]
 
 
 def test_different_clips_cannot_be_paired():
-    table = key()
-    with pytest.raises(ValueError, match="one model only"): paired_differences(table, table[1:], overall_metrics, 10, 0)
-    with pytest.raises(ValueError, match="labels"): paired_differences(table, table.assign(label=1 - table.label), overall_metrics, 10, 0)
+    table = predictions()
+    for other, words in ((table[1:], "one model only"), (table.assign(label=1 - table.label), "labels")):
+        with pytest.raises(ValueError, match=words): paired_differences(table, other, overall_metrics, 10, 0)
+
+
+def test_words_of_significance():
+    limits = ((.1, .2), (-.2, -.1), (-.1, .1), (0, .1), (math.nan, math.nan), (None, None))
+    words = [significance(dict(value=0, lo=lo, hi=hi)) for lo, hi in limits]
+    assert words == ["higher", "lower", "not significant", "not significant", "undefined", "undefined"]
+    assert [STORED_WORDS.get(w, w) for w in words[1:3]] == ["lower", "cannot be told from noise"]
+
+
+def test_seeds_are_averaged_on_the_same_resamples():
+    tables, others = [predictions(2., seed=k) for k in range(3)], [predictions(1., seed=k) for k in range(3)]
+    rows = list(resampled_rows(identity_units(tables[0]), 50, 1))
+    def means(tables): return np.mean([[recall_and_auc(t.iloc[r])["auc"] for r in rows] for t in tables], 0)
+    for reference, drawn in ((None, means(tables)), (others, means(tables) - means(others))):
+        found = over_seeds(tables, recall_and_auc, 50, 1, reference)["auc"]
+        assert [found["lo"], found["hi"]] == pytest.approx(np.quantile(drawn, [.025, .975]).tolist(), abs=1e-12)
+    values = [recall_and_auc(t)["auc"] - recall_and_auc(o)["auc"] for t, o in zip(tables, others)]
+    assert (found["value"], found["spread"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
 
 
 @pytest.mark.parametrize("scale", [.5, 1., 4.])
@@ -217,22 +289,22 @@ def test_no_threshold_beats_the_chosen_one(seed):
 
 
 def test_prediction_tables_survive_the_disk(tmp_path):
-    clips = key().drop(columns=["p_fake", "prediction"])
+    clips = predictions().drop(columns=["p_fake", "prediction"])
     z = np.random.default_rng(0).normal(0, 3, (len(clips), 2))
     table = prediction_table(clips, z, 1.7, .43123456789)
-    write_predictions(table, tmp_path/"predictions_b0.csv")
-    back = read_predictions(tmp_path/"predictions_b0.csv")
-    assert list(back) == ["clip_id", "label", "method", "strength", "compression", "target_id", "source_id", "p_fake", "prediction"]
+    write_predictions(table, tmp_path/"predictions.csv")
+    back = read_predictions(tmp_path/"predictions.csv")
+    assert list(back) == PREDICTION_COLUMNS
     np.testing.assert_array_equal(back.p_fake, table.p_fake)
     np.testing.assert_array_equal(back.prediction, (back.p_fake >= .431235).astype(int))
     np.testing.assert_allclose(back.set_index("clip_id").p_fake[clips.clip_id], softmax(z/1.7, axis=1)[:, 1], atol=5.1e-7)
     assert back.target_id.iloc[0] == "000" and back.source_id[back.label == 0].isna().all()
-    outsider = pd.read_csv(tmp_path/"predictions_b0.csv")
+    outsider = pd.read_csv(tmp_path/"predictions.csv")
     assert roc_auc_score(outsider.label, outsider.p_fake) == pytest.approx(overall_metrics(back)["auc"])
 
 
-def test_groups_are_measured_against_the_reals():
-    table = key()
+def test_groups_are_measured_against_the_real_clips():
+    table = predictions()
     found = metrics_by_group(table, "method", 50, 0)
     rows = table[(table.method == "FaceSwap") | (table.label == 0)]
     assert found["FaceSwap"]["auc"]["value"] == pytest.approx(roc_auc_score(rows.label, rows.p_fake))
@@ -241,5 +313,5 @@ def test_groups_are_measured_against_the_reals():
 
 
 def test_coverage_counts_what_was_left_out():
-    table = key(pairs=2)
+    table = predictions(pairs=2)
     assert coverage(table[3:], table[:3]) == {"real": {"scored": 4, "total": 4}, "fake": {"scored": 13, "total": 16}}

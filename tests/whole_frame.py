@@ -1,4 +1,4 @@
-"A detector for pictures without faces; in a module of its own, so that the processes of `prepare_corpus` import it and nothing else of the tests."
+"A detector for pictures without faces; in a module of its own, so that worker processes import it and nothing else of the tests."
 import numpy as np
 
 

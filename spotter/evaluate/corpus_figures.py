@@ -7,7 +7,6 @@ __all__ = ['draw_crops', 'draw_face_sizes']
 
 # %% ../../nbs/6_evaluate/78_corpus_figures.ipynb #fc67dc8b
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes

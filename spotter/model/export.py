@@ -25,7 +25,8 @@ def pool_by_matrices(
     size: int | tuple[int, int],
 ) -> torch.Tensor:  # (…, *size)
     "`adaptive_avg_pool2d` as two products."
-    rows, columns = (F.adaptive_avg_pool1d(torch.eye(int(n), device=x.device)[None], int(k))[0] for n, k in zip(x.shape[-2:], (size, size) if isinstance(size, int) else size))
+    sizes = zip(x.shape[-2:], (size, size) if isinstance(size, int) else size)
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(int(n), device=x.device)[None], int(k))[0] for n, k in sizes)
     return rows.T @ x @ columns
 
 # %% ../../nbs/2_model/60_export.ipynb #d14a91cb
@@ -42,14 +43,15 @@ def drop_initial_states(graph: onnx.GraphProto):
 # %% ../../nbs/2_model/60_export.ipynb #f0fa79ec
 @contextmanager
 def _traceable():
-    "What the exporter needs to see of the network, and warnings about it that do not concern us."
+    "Pooling by matrices, and no warnings about branches of the network that tracing fixes: they depend on its settings alone."
     with mock.patch.object(F, "adaptive_avg_pool2d", pool_by_matrices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 def trace(model: TemporalCNN_GRU) -> onnx.ModelProto:
     "The network's graph, with its settings as metadata."
-    clip, file = torch.zeros(2, 3, 3, model.image_size, model.image_size, device=next(model.parameters()).device), io.BytesIO()
+    side, file = model.image_size, io.BytesIO()
+    clip = torch.zeros(2, 3, 3, side, side, device=next(model.parameters()).device)
     with _traceable():
         torch.onnx.export(model, (clip,), file, input_names=["clip"], output_names=["logits"], opset_version=17, dynamo=False,
                           dynamic_axes={"clip": {0: "batch", 1: "time"}, "logits": {0: "batch"}})
@@ -81,7 +83,7 @@ def export_onnx(
     model: TemporalCNN_GRU,
     path: str | Path,      # `.onnx`
 ) -> float:  # largest difference of a logit between PyTorch and ONNX Runtime
-    "Write a network, from clip to logits, in fp32. `RuntimeError`, and no file, if ONNX Runtime disagrees by more than `TOLERANCE`."
+    "Write a network, from clip to logits, in fp32. `RuntimeError`, and no file, if ONNX Runtime differs by more than `LOGIT_TOLERANCE`."
     path, written = Path(path), Path(path).with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(trace(model.eval()), str(written))

@@ -22,16 +22,16 @@ def clip_logits(
     model: TemporalCNN_GRU,  # is put into eval mode
     store: ClipStore,
     clips: pd.DataFrame,     # rows of `store.clips`
-    frames: int,             # frames T of a clip
+    frames: int,             # T, frames per clip
     precision: str = "auto",
     batch_size: int = 4,
     workers: int = 1,
 ) -> np.ndarray:  # logits (N, 2), float32, in the order of `clips`
     "Logits of stored clips. `ValueError` when there are none."
-    if clips.empty: raise ValueError("no clips to predict: see the reasons in metrics/excluded.csv")
+    if clips.empty: raise ValueError("no clips to score: the reasons are in metrics/excluded.csv")
     device = next(model.parameters()).device
     loader = DataLoader(ClipDataset(store, clips, frames, model.image_size), batch_size, num_workers=workers)
     model.eval()
     with autocast(precision, device):
-        logits = [model(batch["clip"].to(device)).float().cpu() for batch in progress(loader, desc="predict", leave=False)]
+        logits = [model(batch["clip"].to(device)).float().cpu() for batch in progress(loader, desc="clips", leave=False)]
     return torch.cat(logits).numpy()

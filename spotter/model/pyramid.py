@@ -25,6 +25,7 @@ class BackboneSpec(NamedTuple):
 BACKBONES = {"efficientnet-b0": BackboneSpec("tf_efficientnet_b0", 224, 1280),
              "efficientnet-b3": BackboneSpec("tf_efficientnet_b3", 300, 1536)}
 
+# %% ../../nbs/2_model/00_pyramid.ipynb #c04d1ee4
 SCALES = {"fine": 8, "mid": 16, "semantic": 32}  # name -> stride in pixels
 
 # %% ../../nbs/2_model/00_pyramid.ipynb #da0f65c6
@@ -34,6 +35,7 @@ class FastSqueezeExcite(SqueezeExcite):
         mean = x.sum((2, 3), keepdim=True) / x[0, 0].numel()
         return x * self.gate(self.conv_expand(self.act1(self.conv_reduce(mean))))
 
+# %% ../../nbs/2_model/00_pyramid.ipynb #848742a0
 def create_backbone(
     backbone: str = "efficientnet-b0",  # a key of `BACKBONES`
     pretrained: bool = False,           # ImageNet weights, downloaded by timm
@@ -63,16 +65,18 @@ def top_down(
         merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
     return merged
 
-# %% ../../nbs/2_model/00_pyramid.ipynb #fac01b0d
+# %% ../../nbs/2_model/00_pyramid.ipynb #83773c85
 def separable_conv(channels: int) -> nn.Sequential:
     "3×3 depthwise and 1×1 pointwise convolution with batch-norm and SiLU; (N, C, h, w) keeps its shape."
     return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
                          nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.SiLU())
 
+# %% ../../nbs/2_model/00_pyramid.ipynb #fac01b0d
 class Gate(nn.Module):
-    "Let through of a map (N, C, h, w) what probabilities (N, 1, H, W), averaged to its size, allow. After Dang et al. 2020."
+    "Multiply a map (N, C, h, w) by probabilities (N, 1, H, W) that are averaged to its size. After Dang et al. 2020."
     def forward(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor: return x * F.adaptive_avg_pool2d(p, x.shape[-2:])
 
+# %% ../../nbs/2_model/00_pyramid.ipynb #8dafc90c
 class FeaturePyramid(nn.Module):
     "Merge maps at three strides into one at the coarsest. After Lin et al. 2017, with a pooled way back."
     def __init__(self,
@@ -84,13 +88,13 @@ class FeaturePyramid(nn.Module):
         self.lateral = nn.ModuleDict({name: nn.Conv2d(c, width, 1) for name, c in channels.items()})
         self.output = nn.ModuleDict({name: separable_conv(width) for name in channels})
         self.mask = nn.Conv2d(width, 1, 1)
-        self.gate = nn.ModuleDict({name: Gate() for name in channels})  # a module a scale, so that each gated map can be watched
+        self.gate = nn.ModuleDict({name: Gate() for name in channels})  # one module per scale, so that each gated map can be watched
         self.project = nn.Sequential(nn.Conv2d(width*len(channels), out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self,
         maps: dict[str, torch.Tensor],  # scale -> map (N, C, h, w)
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # merged map (N, out_channels, h, w) at the coarsest scale, mask logits (N, 1, H, W) at the finest
-        "Top-down, smooth, predict the mask, gate, pool to the coarsest grid, join, project."
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # merged map (N, out_channels, h, w), mask logits (N, 1, H, W)
+        "Top-down, smooth, predict the mask at the finest scale, gate, pool to the coarsest grid, join, project."
         laterals = top_down([self.lateral[name](maps[name]) for name in self.lateral])
         levels = [self.output[name](x) for name, x in zip(self.output, laterals)]
         mask, grid = self.mask(levels[0]), levels[-1].shape[-2:]

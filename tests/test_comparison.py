@@ -1,0 +1,98 @@
+"The comparison follows from the committed tables, whatever models there are."
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from spotter.core import load_params
+from spotter.evaluate.comparison import auc_over_baseline, comparison_rows, earlier_and_later, model_differences
+from spotter.evaluate.comparison import read_metrics, write_comparison
+from spotter.evaluate.heatmaps import read_localisation
+from spotter.evaluate.map_tables import aims, fused_maps, heatmap_metrics, read_sources, reference_name, relative_gains
+from spotter.evaluate.tables import overall_metrics, read_predictions
+from spotter.evaluate.trainings import BASELINE, evaluation_folder
+from spotter.evaluate.verdicts import write_curves
+from spotter.metrics.localisation import SCORES
+
+ROOT = Path(__file__).parents[1]
+METRICS, MODELS = ROOT/"metrics", list(load_params(ROOT/"params.yaml").models)
+
+
+def tables_of(metrics, names): return {name: read_predictions(evaluation_folder(metrics, name)/"predictions.csv") for name in names}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    "The committed tables and one model more, which has the tables of the last."
+    folder = tmp_path_factory.mktemp("metrics")
+    for part in ("models", "baseline"): shutil.copytree(METRICS/part, folder/part)
+    shutil.copytree(folder/"models"/MODELS[-1], folder/"models"/"fourth")
+    return folder
+
+
+def test_stored_differences_are_those_of_the_tables():
+    tables = {name: overall_metrics(t) for name, t in tables_of(METRICS, [BASELINE, *MODELS]).items()}
+    rows = pd.read_csv(METRICS/"comparison.csv").query("kind == 'difference'")
+    assert set(rows.name) == {f"{a} - {b}" for a, b in [*earlier_and_later(MODELS), *((model, BASELINE) for model in MODELS)]}
+    for r in rows.itertuples():
+        later, earlier = r.name.split(" - ")
+        assert r.value == pytest.approx(tables[later][r.figure] - tables[earlier][r.figure], abs=2e-6), r
+
+
+def test_words_of_the_file_stay():
+    assert set(pd.read_csv(METRICS/"comparison.csv").verdict.dropna()) <= {"higher", "lower", "cannot be told from noise", "undefined"}
+
+
+def test_another_model_is_in_every_table(four, tmp_path):
+    models = [*MODELS, "fourth"]
+    tables, found = tables_of(four, [BASELINE, *models]), read_metrics(four, [BASELINE, *models])
+    differences = model_differences(tables, earlier_and_later(models), 10, 0)
+    assert len(differences) == len(models)*(len(models) - 1)//2
+    same = differences[f"fourth - {MODELS[-1]}"]   # the same verdicts: no metric differs, in no resample
+    assert {(d["value"], d["lo"], d["hi"]) for d in same.values()} == {(0., 0., 0.)}
+    maps = fused_maps(four, models)
+    gain = relative_gains(maps, models, 10, 0)
+    assert gain["fourth, all fakes"] == gain[f"{MODELS[-1]}, all fakes"] and maps.source.nunique() == len(models) + 2
+    differences |= auc_over_baseline(tables, models, BASELINE, 10, 0)
+    rows = write_comparison(tmp_path, models, found, differences, dict(baseline=reference_name(models), relative_gain=gain))
+    assert {"fourth", "fourth - handmade", *(f"fourth - {m}" for m in MODELS)} <= set(rows.name)
+    assert json.loads((tmp_path/"comparison.json").read_text())["arms"] == models
+    assert {r["verdict"] for r in rows.to_dict("records") if r["name"] == f"fourth - {MODELS[-1]}"} == {"cannot be told from noise"}
+
+
+def test_rows_come_in_a_fixed_order():
+    metrics = read_metrics(METRICS, [BASELINE, *MODELS])
+    committed = pd.read_csv(METRICS/"comparison.csv").query("kind == 'arm'")[["name", "figure", "value", "lo", "hi"]]
+    found = comparison_rows(metrics, {})[committed.columns]
+    pd.testing.assert_frame_equal(found, committed, check_dtype=False, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_curves_are_those_of_the_committed_table(model, tmp_path):
+    folder = evaluation_folder(METRICS, model)
+    write_curves(read_predictions(folder/"predictions.csv"), tmp_path)
+    for name in ("roc.csv", "calibration.csv"): assert (tmp_path/name).read_bytes() == (folder/name).read_bytes(), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_localisation_of_a_metrics_file_follows_from_its_table(model):
+    folder = evaluation_folder(METRICS, model)
+    stored = json.loads((folder/"metrics.json").read_text())["localisation"]
+    thresholds = {name: np.inf if t is None else t for name, t in stored["thresholds"].items()}
+    _, _, found = heatmap_metrics(read_localisation(folder/"localisation.csv"), thresholds, stored["constants"], 5, 0)
+    assert list(found) == list(stored) and list(found["maps"]) == list(stored["maps"]) and found["thresholds"] == stored["thresholds"]
+    for source, scores in stored["maps"].items():
+        for key in SCORES: assert found["maps"][source][key]["value"] == pytest.approx(scores[key]["value"], abs=2e-6), (source, key)
+    for source, d in stored["lit_on_real"].items(): assert found["lit_on_real"][source]["value"] == pytest.approx(d["value"], abs=2e-6)
+
+
+def test_a_model_without_attention_has_fewer_aims():
+    sources = {s: s for s in ("fused", "noise", "random weights", "attention", "centre")}
+    own = read_sources(METRICS, MODELS[1], sources)
+    gain = {score: dict(value=.5, lo=.4, hi=.6) for score in SCORES}
+    whole, without = (aims(rows, gain, "7 × 7", 10, 0) for rows in (own, own[own.source != "attention"]))
+    assert len(whole) - len(without) == len(SCORES) and set(whole["mark"]) <= set("✓✗?")
+    assert whole.aim.tolist()[:2] == ["20 % over 7 × 7"]*2 and whole.aim.tolist()[-1] == "nine frames of ten"
