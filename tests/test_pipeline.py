@@ -44,14 +44,14 @@ class Project:
     def changed(self, *targets: str) -> set[str]: return set(json.loads(self.run("dvc", "status", "--json", *targets).split("\n")[0]))
 
 
-def subset(source: Path, out: Path, methods: set[str]):
-    "The first pairs of each split of the bundled clips with some of the methods, in the same layout."
+def subset(source: Path, out: Path, methods: set[str], both: bool):
+    "The first pairs of each split of the bundled clips in the same layout, with some of the methods, manipulated one way or both ways."
     (out/"splits").mkdir(parents=True)
     names = set()
     for split, n in PAIRS.items():
         pairs = json.loads((source/"splits"/f"{split}.json").read_text())[:n]
         (out/"splits"/f"{split}.json").write_text(json.dumps(pairs))
-        names |= {name for a, b in pairs for name in (a, b, f"{a}_{b}", f"{b}_{a}")}
+        names |= {name for a, b in pairs for name in (a, b, f"{a}_{b}", *([f"{b}_{a}"] if both else []))}
     for video in source.rglob("*.mp4"):
         place = video.relative_to(source)
         if video.stem not in names or not methods & set(place.parts): continue
@@ -71,13 +71,13 @@ def tiny(settings: dict) -> dict:
     return settings
 
 
-def make_project(folder: Path, settings: dict, methods: set[str], runs: dict) -> Project:
+def make_project(folder: Path, settings: dict, runs: dict, methods: set[str], both: bool) -> Project:
     "A project in which `dvc repro` has run."
     for name in ("dvc.yaml", "settings.ini", ".dvcignore"): shutil.copy(ROOT/name, folder)
     for name in ("nbs/stages", "spotter", "results"):
         shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "dvc.lock"))
     (folder/"reports").mkdir()
-    subset(ROOT/"data", folder/"data", methods)
+    subset(ROOT/"data", folder/"data", methods, both)
     project = Project(folder, tuple(settings["models"]))
     project.write(tiny(settings))
     (folder/"results"/"params.yaml").write_text(yaml.safe_dump(runs, sort_keys=False))
@@ -107,8 +107,8 @@ def some_runs(models: tuple[str, ...]) -> dict:
 def project(request, tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("project"), yaml.safe_load((ROOT/"params.yaml").read_text())
     methods, more = {"youtube", "Deepfakes", "NeuralTextures"}, {"Face2Face", "FaceSwap"}
-    if request.param == "one model": return make_project(folder, one_model(settings), methods, NO_RUNS)
-    return make_project(folder, settings, methods | more, some_runs(tuple(settings["models"])))
+    if request.param == "one model": return make_project(folder, one_model(settings), NO_RUNS, methods, both=False)
+    return make_project(folder, settings, some_runs(tuple(settings["models"])), methods | more, both=True)
 
 
 all_models = pytest.mark.parametrize("project", [pytest.param("all models", marks=slow)], indirect=True)
