@@ -12,9 +12,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from spotter.evaluate.deletion import FILLS, deletion_curve
 from spotter.evaluate.evidence import draw_evidence, overlay
-from spotter.evaluate.figures import draw_by_method, draw_localisation
 from spotter.evaluate.heatmaps import (above_threshold_on_real, best_median_worst, gains, localisation_summary, localisation_table,
                                        read_localisation, write_localisation)
+from spotter.evaluate.localisation_figures import draw_by_method, draw_localisation
 from spotter.evaluate.references import centre_maps, centre_prior, clip_masks, face_maps, mean_face, noise_maps, perfect_maps
 from spotter.evaluate.tables import write_json
 from spotter.metrics.bootstrap import bootstrap_intervals, paired_differences
