@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'REAL', 'FAKE', 'NEUTRAL', 'NAMES', 'MODEL_COLOURS', 'MODEL_MARKERS', 'MODEL_LINES', 'LOOK', 'model_style',
            'styled', 'new_axes', 'with_interval', 'confusion', 'roc', 'reliability', 'score_histograms', 'dots',
-           'label_rows', 'group_recall', 'compare_models', 'faces', 'difference_forest', 'training_curves']
+           'label_rows', 'group_recall', 'compare_models', 'faces', 'difference_forest']
 
 # %% ../../nbs/6_evaluate/50_figures.ipynb #29ce21ed
 import functools
@@ -233,23 +233,4 @@ def difference_forest(
         label_rows(ax, [NAMES[n] + (" (less is better)" if n in LOWER_IS_BETTER else "") for n in names])
         ax.set(title=pair.replace(" - ", " \u2212 "))
     figure.supxlabel("difference (95 % interval, paired)", fontsize="medium")
-    return figure
-
-# %% ../../nbs/6_evaluate/50_figures.ipynb #8ed0186b
-@styled
-def training_curves(
-    history: pd.DataFrame,  # epoch, train_loss, val_loss, val_mean_f1, val_auc, learning_rate; one row per epoch
-    kept: int,              # epoch whose weights were kept
-) -> Figure:
-    "Loss, validation metrics and learning rate over the epochs."
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), layout="constrained")
-    panels = [("loss", dict(train_loss="training", val_loss="validation")), ("validation", dict(val_mean_f1="mean F1", val_auc="AUC")),
-              ("learning rate", dict(learning_rate=None))]
-    for ax, (title, columns) in zip(axes, panels):
-        for (column, label), colour, style in zip(columns.items(), (PALETTE[2], PALETTE[4]), ("-o", "--s")):
-            ax.plot(history.epoch, history[column], style, color=colour, ms=4, lw=1.5, label=label)
-        ax.set(title=title, xlabel="epoch"); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(columns) > 1: ax.legend(fontsize="small")
-    axes[0].set_ylim(bottom=0); axes[1].set_ylim(top=1.02); axes[2].set_ylim(bottom=0)
-    axes[1].axvline(kept, color=NEUTRAL, lw=1, ls="--")
     return figure
