@@ -2,7 +2,7 @@
 import pytest
 
 # then the others as they come
-LONGEST_FIRST = ["test_pipeline", "test_synth", "test_audit", "test_inference", "test_localisation", "test_data"]
+LONGEST_FIRST = ["test_pipeline", "test_synth", "test_audit", "test_predict", "test_localisation", "test_data"]
 
 
 def pytest_addoption(parser):
