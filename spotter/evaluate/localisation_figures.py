@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .figures import MODEL_MARKERS, NEUTRAL, PALETTE, dots, label_rows, styled
+from .figures import NEUTRAL, PALETTE, dots, label_rows, model_style, styled
 from ..metrics.localisation import SCORES
 
 # %% ../../nbs/6_evaluate/52_localisation_figures.ipynb #78e22035
@@ -75,20 +75,21 @@ def _marks() -> list:
 @styled
 def draw_by_method(
     table: pd.DataFrame,   # of `localisation_table`
-    sources: tuple = ("fine", "mid", "semantic", "fused"),       # at most five; the last one stands out
+    sources: tuple = ("fine", "mid", "semantic", "fused"),       # the last one stands out
     scores: tuple = ("average_precision", "iou", "energy"),      # one panel for each
 ) -> Figure:
     "Scores of each group of clips; one marker per source, in the order of `sources` from above."
     groups = table[["by", "group", "clips"]].drop_duplicates()
     size = 3.1*len(scores) + 1.2, (.13*len(sources) + .2)*len(groups) + 1
     figure, axes = plt.subplots(1, len(scores), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    colours, step = [PALETTE[i] for i in (2, 4, 3, 1)][:len(sources) - 1] + ["black"], .72/len(sources)
+    styles, step = [model_style(k) for k in range(len(sources))], .72/len(sources)
+    styles[-1]["color"] = "black"
     new = np.flatnonzero(groups.by.to_numpy()[1:] != groups.by.to_numpy()[:-1])     # where another kind of group begins
     for ax, score in zip(axes[0], scores):
         for k, source in enumerate(sources):
             rows = table[(table.source == source) & (table.score == score)]
             dots(ax, {(r.by, r.group): dict(value=r.value, lo=r.lo, hi=r.hi) for r in rows.itertuples()},
-                 offset=(k - (len(sources) - 1)/2)*step, color=colours[k], marker=MODEL_MARKERS[k], label=source)
+                 offset=(k - (len(sources) - 1)/2)*step, label=source, **styles[k])
         label_rows(ax, [f"{r.group} ({r.clips})" for r in groups.itertuples()])
         for line in new: ax.axhline(line + .5, color=NEUTRAL, lw=.8)
         ax.set(xlim=(0, 1), title=SCORES[score])
