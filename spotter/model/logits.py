@@ -28,7 +28,7 @@ def clip_logits(
     workers: int = 1,
 ) -> np.ndarray:  # logits (N, 2), float32, in the order of `clips`
     "Logits of stored clips. `ValueError` when there are none."
-    if clips.empty: raise ValueError("no clips to score: the reasons are in metrics/excluded.csv")
+    if clips.empty: raise ValueError("no clips to score: the reasons are in faces/excluded.csv")
     device = next(model.parameters()).device
     loader = DataLoader(ClipDataset(store, clips, frames, model.image_size), batch_size, num_workers=workers)
     model.eval()

@@ -107,7 +107,7 @@ def check_splits(clips: pd.DataFrame):
         labels = set(clips.query("split == @split").label)
         if labels != {0, 1}:
             raise ValueError(f"the {split} split has clips of the classes {sorted(labels)}: real (0) and fake (1) are needed; "
-                             "the reasons for missing clips are in metrics/excluded.csv")
+                             "the reasons for missing clips are in faces/excluded.csv")
 
 # %% ../../nbs/5_train/40_loop.ipynb #63b6128f
 def train(
