@@ -66,7 +66,7 @@ class TemporalCNN_GRU(nn.Module):
 def embed_frames(self: TemporalCNN_GRU,
     x: torch.Tensor,  # (B, T, 3, H, W), ImageNet-normalised
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    "Embeddings (B, T, feature_dim) of the frames; attention (B, T, h, w) and mask logits (B, T, H/8, W/8), None where the network lacks the module."
+    "Embeddings (B, T, feature_dim) of the frames; attention (B, T, h, w) and mask logits (B, T, H/8, W/8), None without such a module."
     features, mask = self.feature_extractor(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
     features, attention = (features, None) if self.spatial_attention is None else self.spatial_attention(features)
     per_clip = [None if m is None else m[:, 0].unflatten(0, x.shape[:2]) for m in (attention, mask)]
