@@ -322,7 +322,7 @@ def test_help_waits_for_no_library():
 def test_a_detector_loads_what_judging_needs():
     "torch._dynamo and sympy come with torchvision.ops, which every part of timm imports; tables and pages are made later."
     found = loaded("spotter.predict.detector")
-    assert not found & {"accelerate", "jinja2", "matplotlib", "onnxruntime", "seaborn", "skimage", "sklearn"}
+    assert not found & {"accelerate", "jinja2", "matplotlib", "onnxruntime", "pandas", "pyarrow", "seaborn", "skimage", "sklearn"}
     assert not {name for name in found if name.startswith(("spotter.train", "spotter.metrics", "spotter.synth"))}
 
 

@@ -9,14 +9,12 @@ __all__ = ['MEAN', 'STD', 'to_input', 'ClipDataset']
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from ..core import AugmentParams
 from .sampling import sample_positions
-from .store import ClipStore
 
 # %% ../../nbs/1_data/60_loader.ipynb #95bea000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB
@@ -41,8 +39,8 @@ class ClipDataset(Dataset):
     `mask_known` bool (false for a fake without a mask video)."""
     def __init__(
         self,
-        store: ClipStore,
-        clips: pd.DataFrame,                    # rows of `store.clips`; `index` counts them from 0
+        store: "ClipStore",                     # its module is not imported here: `to_input` is needed where pandas is not
+        clips: "pandas.DataFrame",              # rows of `store.clips`; `index` counts them from 0
         frames: int,                            # T
         image_size: int,                        # H and W
         augment: AugmentParams | None = None,   # None: the middle frames of the stretches, no augmentation
