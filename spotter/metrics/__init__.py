@@ -6,4 +6,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "calibration": ["fit_temperature"],
     "classification": ["classification_metrics"],
     "bootstrap": ["bootstrap_intervals", "paired_differences"],
-    "localisation": ["localisation_metrics"]})
+    "localisation": ["localisation_metrics"],
+    "pooled": ["pooled_ap"]})
