@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'REAL', 'FAKE', 'NEUTRAL', 'NAMES', 'MODEL_COLOURS', 'MODEL_MARKERS', 'MODEL_LINES', 'LOOK', 'model_style',
-           'styled', 'new_axes', 'with_interval', 'confusion', 'roc', 'reliability', 'score_histograms', 'dots',
-           'label_rows', 'group_recall', 'compare_models', 'faces', 'difference_forest']
+           'styled', 'new_axes', 'confusion', 'roc', 'reliability', 'score_histograms', 'dots', 'label_rows',
+           'group_recall', 'compare_models', 'faces', 'difference_forest']
 
 # %% ../../nbs/6_evaluate/50_figures.ipynb #29ce21ed
 import functools
@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binom
 from sklearn.metrics import confusion_matrix, roc_curve
 
+from .tables import with_interval
 from ..metrics.bootstrap import significance
 from ..metrics.calibration import calibration_table
 from ..metrics.classification import LOWER_IS_BETTER
@@ -64,12 +65,6 @@ def new_axes(
 ) -> Axes:
     "`ax`, or the axes of a new figure."
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
-
-# %% ../../nbs/6_evaluate/50_figures.ipynb #065f072b
-def with_interval(metric: dict[str, float], digits: int = 2) -> str:
-    "A metric with its interval as text: `0.91 [0.85, 0.96]`; without the brackets where there is no interval."
-    value, lo, hi = (metric[k] if metric[k] is not None else math.nan for k in ("value", "lo", "hi"))
-    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]" if math.isfinite(lo) else f"{value:.{digits}f}"
 
 # %% ../../nbs/6_evaluate/50_figures.ipynb #0d673081
 @styled

@@ -229,7 +229,7 @@ def learning_curves(
     pairs: int,      # of the whole training split
     resamples: int,
     seed: int,
-) -> pd.DataFrame:   # the rows of `learning_curve` for the AUC of the verdict and the average precision of the fused heatmap
+) -> pd.DataFrame:   # the rows of `learning_curve` for the AUC of the verdict and the average precision of the shown map on fakes
     "Both learning curves of the studied model: results_curve.csv."
     parts, seeds = trainings.on_fewer_pairs(), trainings.seeds(trainings.studied())
     def curve(read, statistic, key):

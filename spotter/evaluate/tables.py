@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'STORED_WORDS', 'prediction_table', 'write_predictions', 'read_predictions', 'overall_metrics',
-           'recall_and_auc', 'metrics_by_group', 'confident_mistakes', 'coverage', 'model_metrics', 'write_json']
+           'recall_and_auc', 'metrics_by_group', 'confident_mistakes', 'coverage', 'model_metrics', 'write_json',
+           'with_interval']
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #af59ebb1
 import json
@@ -141,3 +142,9 @@ def _plain(x):
 # %% ../../nbs/6_evaluate/10_tables.ipynb #1e8f379d
 # word of `significance` -> word in the stored tables, which keep theirs until the next training
 STORED_WORDS = {"not significant": "cannot be told from noise"}
+
+# %% ../../nbs/6_evaluate/10_tables.ipynb #de04d7fd
+def with_interval(metric: dict[str, float], digits: int = 2) -> str:
+    "A metric with its interval as text: `0.91 [0.85, 0.96]`; without the brackets where there is no interval."
+    value, lo, hi = (metric[k] if metric[k] is not None else math.nan for k in ("value", "lo", "hi"))
+    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]" if math.isfinite(lo) else f"{value:.{digits}f}"

@@ -20,7 +20,8 @@ from .pyramid import BACKBONES
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #b058e9e9
 FORMAT = "spotter-1"   # version of the header; files of the predecessor have `legacy.OLD_FORMAT`
-MEASURED = "temperature", "threshold", "heatmap_constants", "heatmap_threshold"  # on validation; attributes of the network
+MEASURED = ("temperature", "threshold",  # on validation; attributes of the network
+            "heatmap_constants", "heatmap_thresholds", "shown_map", "map_weights")
 
 def save_model(
     model: TemporalCNN_GRU,
@@ -95,6 +96,7 @@ def load_model(
     if is_safetensors(path):
         header = read_header(path)
         with safe_open(path, "pt") as f: state = {name: f.get_tensor(name) for name in f.keys()}
+        if header.get("heatmap_threshold") is not None: header["heatmap_thresholds"] = {"fused": header["heatmap_threshold"]}  # old files
     else:
         old, _ = read_old(path)
         header, state = dict(config=old.config), old.state

@@ -23,6 +23,7 @@ from ..data.faces import Detect, NoFaceError, make_detector
 from ..data.loader import to_input
 from ..data.video import DamageWarning, VideoError, count_decodable, iter_frames, video_length
 from ..explain.gradcam import MultiScaleGradCAM, frame_scores
+from ..explain.shown import shown_map
 from ..model import legacy
 from ..model.checkpoint import CheckpointInfo, inspect_checkpoint, load_model
 from .diagnostic import write_diagnostic
@@ -108,8 +109,9 @@ class Detector:
         "What a verdict depends on, for its record."
         return dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), format=info.format, backbone=info.backbone,
                     image_size=self.model.image_size, use_multiscale=info.use_multiscale, use_attention=info.use_attention,
-                    temperature=self.model.temperature, threshold=self.model.threshold, frames=self.frames, windows=self.windows,
-                    precision=self.precision, device=str(self.device), missing=info.missing, ignored=info.ignored)
+                    temperature=self.model.temperature, threshold=self.model.threshold, shown_map=self.model.shown_map,
+                    frames=self.frames, windows=self.windows, precision=self.precision,
+                    device=str(self.device), missing=info.missing, ignored=info.ignored)
 
 # %% ../../nbs/7_predict/20_detector.ipynb #f783645d
 def watch(
@@ -162,7 +164,7 @@ def _look(self: Detector, batch: torch.Tensor, heatmaps: bool) -> tuple:
     "Logits, frame scores and heatmaps of a batch of clips."
     if heatmaps:
         with MultiScaleGradCAM(self.model, precision=self.precision) as explainer: found = explainer.explain(batch)
-        return found.logits.cpu(), found.frame_scores.cpu().numpy(), found.maps["fused"].cpu().numpy()
+        return found.logits.cpu(), found.frame_scores.cpu().numpy(), shown_map(self.model, found).cpu().numpy()
     with torch.inference_mode(), autocast(self.precision, batch.device): logits, temporal = self.model(batch, return_temporal=True)
     return logits.float().cpu(), frame_scores(self.model, temporal.float()).cpu().numpy(), [None]*len(batch)
 
