@@ -43,6 +43,7 @@ def simplex(tenths: int = 10) -> np.ndarray:  # (66, 3) for three scales
     distance = np.abs(found - np.array(list(WEIGHTS.values()))).sum(1).round(6)
     return found[np.argsort(distance, kind="stable")]
 
+# %% ../../nbs/6_evaluate/02_choose_map.ipynb #86e9963c
 def fit_weights(
     seen: list[tuple[Evidence, np.ndarray]],  # evidence and masks of clips, originals among them
     constants: dict[str, float],              # scale -> value of the raw map that counts as 1
@@ -77,6 +78,7 @@ def candidate_table(
 def _candidate(model: TemporalCNN_GRU, name: str, evidence: Evidence) -> np.ndarray:  # (T, h, w)
     return make_map(name, evidence, clip_probability(model, evidence.logits), model.heatmap_constants, model.map_weights)[0].numpy()
 
+# %% ../../nbs/6_evaluate/02_choose_map.ipynb #ebfa04a9
 def best_candidate(
     table: pd.DataFrame,  # of `candidate_table`
     tie: float = 1e-3,    # of average precision

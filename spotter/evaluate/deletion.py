@@ -42,6 +42,7 @@ def removal_order(
     places[shuffled[np.argsort(-values[shuffled], kind="stable")]] = np.arange(len(values))
     return places.reshape(shape)
 
+# %% ../../nbs/6_evaluate/40_deletion.ipynb #c19979da
 def marked(
     order: np.ndarray,  # (H, W) of `removal_order`
     area: float,        # share of the pixels
@@ -82,12 +83,13 @@ def from_neighbours(
 def _filled(colour: np.ndarray, known: np.ndarray) -> np.ndarray:
     "Colours (h, w, 3), of which the share `known` (h, w, 1) of each cell was summed, where it is above 0; from coarser cells elsewhere."
     mean = colour/np.maximum(known, np.float32(1e-6))
-    if known.all(): return mean
+    if known.all() or known.size == 1: return mean
     half = max(1, colour.shape[1]//2), max(1, colour.shape[0]//2)
     smaller, share = (cv2.resize(x, half, interpolation=cv2.INTER_AREA) for x in (colour, known))
     coarse = _filled(smaller, share.reshape(*half[::-1], 1))
     return np.where(known > 0, mean, cv2.resize(coarse, colour.shape[1::-1], interpolation=cv2.INTER_LINEAR))
 
+# %% ../../nbs/6_evaluate/40_deletion.ipynb #560481a6
 def _noise(frame: np.ndarray, seed) -> np.ndarray:
     drawn = np.random.default_rng(seed).standard_normal(frame.shape, dtype=np.float32)
     return np.clip(frame.mean((0, 1)) + drawn*frame.std((0, 1)), 0, 1)
@@ -126,6 +128,7 @@ def trials(
                     for kind, hole in dict(deletion=region, insertion=~region).items():
                         yield dict(kind=kind, fill=fill, source=source, area=area), without(frame, hole, fill, seed)
 
+# %% ../../nbs/6_evaluate/40_deletion.ipynb #145146ec
 def judged(
     model: TemporalCNN_GRU,
     frames: np.ndarray,      # (N, S, S, 3) float32 in [0, 1]

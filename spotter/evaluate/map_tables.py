@@ -157,7 +157,7 @@ def aims(
         raise ValueError("the metrics file has no pooled scores or no deletion: run the stage evaluate again")
     pooled = metrics["localisation"]["pooled"]
     own = pooled[ALL]["scores"]["shown"]
-    rows = [dict(aim="pooled average precision", score="pooled", limit=AIM, mark="✓" if own["value"] >= AIM else "✗", **own)]
+    rows = [dict(aim="pooled average precision", score="pooled", limit=AIM, mark="✓" if own["value"] >= AIM else "✗", **_numbers(own))]
     rows += [dict(aim=f"above {name}, {group}", score="pooled", limit=0., **_numbers(pooled[group]["differences"][name]))
              for group in AIM_GROUPS if group in pooled for name in (*CONSTANT, *CHEATS)]
     faster = metrics["deletion"]["advantage"]["deletion"]["shown"]

@@ -70,6 +70,7 @@ def clip_groups(
     extents = sorted(set(table.extent[table.label == 1]))
     return {ALL: np.arange(len(table))} | {name: np.flatnonzero((table.label == 0) | (table.extent == name)) for name in extents}
 
+# %% ../../nbs/6_evaluate/25_pooled.ipynb #988d6624
 def pooled_scores(
     pool: PixelPool,
     resamples: int,
@@ -90,6 +91,7 @@ def listed(names: list[str]) -> str:
     "Names as a part of a sentence: a, b and c."
     return " and ".join(", ".join(names).rsplit(", ", 1))
 
+# %% ../../nbs/6_evaluate/25_pooled.ipynb #c91f6c88
 def compared(
     differences: dict[str, dict],  # other source -> value, lo, hi, significance
 ) -> str:
@@ -99,6 +101,7 @@ def compared(
     def named(word): return [f"{name} ({d['value']:+.2f})" for name, d in differences.items() if d["significance"] == word]
     return "; ".join(f"{said} {listed(named(word))}" for word, said in words.items() if named(word))
 
+# %% ../../nbs/6_evaluate/25_pooled.ipynb #644f3d9b
 def pooled_words(
     pooled: dict[str, dict],  # of `pooled_scores`
     shown: str,               # what the shown map is

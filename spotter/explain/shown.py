@@ -62,6 +62,7 @@ def clip_probability(
     "Calibrated probability of a fake of each clip."
     return (logits/model.temperature).softmax(1)[:, 1]
 
+# %% ../../nbs/3_explain/20_shown.ipynb #021b66af
 def shown_map(
     model: TemporalCNN_GRU,
     evidence: Evidence,     # of a batch of B clips
