@@ -20,6 +20,7 @@ from .deletion import deletion_curve
 from .heatmaps import network_maps
 from .references import centre_maps, noise_maps
 from ..explain.gradcam import MultiScaleGradCAM
+from ..model.logits import p_fake
 from ..model.network import TemporalCNN_GRU
 from ..runtime import autocast
 
@@ -117,7 +118,7 @@ def deletion_curves(self: Examples,
     "The score of a clip while pixels are removed in the order of its fused map, its mask head, the centre prior, and at random."
     def p_fake_of(video):
         with torch.no_grad(), autocast(self.precision): logits = self.model(video).float()
-        return (logits/float(self.model.temperature)).softmax(1)[0, 1].item()
+        return p_fake(logits[0], self.model.temperature, self.model.bias).item()
     own = {name: m for name, m in self.explain(clip_id)[0].items() if name in ("fused", "mask head")}
     maps = own | dict(centre=centre_maps(self.frames), random=noise_maps(self.frames, seed))
     return {name: deletion_curve(p_fake_of, self.video(clip_id), m, steps=steps) for name, m in maps.items()}
