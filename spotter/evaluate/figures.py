@@ -31,7 +31,7 @@ PALETTE = sns.color_palette("colorblind").as_hex()
 REAL, FAKE, NEUTRAL = PALETTE[0], PALETTE[1], "#666666"
 NAMES = dict(accuracy="accuracy", balanced_accuracy="balanced accuracy",
              real_recall="recall on real videos", fake_recall="recall on fake videos", auc="AUC", average_precision="average precision",
-             eer="equal error rate", ece="calibration error", brier="Brier score")
+             eer="equal error rate", ece="calibration error", ece_at_50="calibration error at 50 % fakes", brier="Brier score")
 MODEL_COLOURS, MODEL_MARKERS = [PALETTE[i] for i in (2, 4, 3, 7, 5)], ["o", "s", "D", "^", "v"]
 MODEL_LINES = dict(zip(MODEL_MARKERS, ["-", "--", "-.", (0, (1, 1)), (0, (5, 1))]))  # marker -> line of the same model
 
@@ -186,7 +186,8 @@ def compare_models(
     metrics: dict[str, dict],  # {model: its metrics file}
 ) -> Figure:
     "Each model's metrics with intervals."
-    shown = [[n for n in NAMES if (n in LOWER_IS_BETTER) == low] for low in (False, True)]
+    known = [n for n in NAMES if all(n in m for m in metrics.values())]
+    shown = [[n for n in known if (n in LOWER_IS_BETTER) == low] for low in (False, True)]
     figure, axes = plt.subplots(2, 1, figsize=(6.5, 5.6), height_ratios=[len(s) for s in shown], layout="constrained")
     step = .7/len(metrics)
     for ax, names, title in zip(axes, shown, ("higher is better \u2192", "\u2190 lower is better")):

@@ -25,6 +25,7 @@ from ..explain.gradcam import Evidence, MultiScaleGradCAM
 from ..explain.shown import shown_map
 from ..metrics.bootstrap import aligned, bootstrap_rows, interval
 from ..metrics.localisation import HALF, SCORES, choose_iou_threshold, localisation_metrics, share_above_threshold
+from ..model.logits import p_fake
 from ..model.network import TemporalCNN_GRU
 from ..runtime import progress
 
@@ -43,7 +44,7 @@ def _sources(model: TemporalCNN_GRU, evidence: Evidence) -> dict[str, np.ndarray
     maps = dict(shown=shown_map(model, evidence)) | evidence.maps | {name: m for name, m in extra.items() if m is not None}
     return {name: m[0].cpu().numpy() for name, m in maps.items()}
 
-def _p_fake(model: TemporalCNN_GRU, evidence: Evidence) -> float: return (evidence.logits/model.temperature).softmax(1)[0, 1].item()
+def _p_fake(model: TemporalCNN_GRU, evidence: Evidence) -> float: return p_fake(evidence.logits[0], model.temperature, model.bias).item()
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #5eb723e3
 def freeze_thresholds(

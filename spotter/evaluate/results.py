@@ -79,7 +79,8 @@ def seeds_table(
     differences: dict[str, dict],  # of `seed_differences`
 ) -> pd.DataFrame:  # the columns below: kind is "arm" for a model, figure is the metric
     "The rows of results_seeds.csv."
-    rows = _rows(found, METRICS, kind="arm") + _rows(differences, METRICS, kind="difference")
+    metrics = [key for key in METRICS if key in next(iter(found.values()))]
+    rows = _rows(found, metrics, kind="arm") + _rows(differences, metrics, kind="difference")
     for r in rows:
         wide = widened(r)
         r |= dict(lo_trainings=wide["lo"], hi_trainings=wide["hi"], verdict=_verdict(wide) if r["kind"] == "difference" else "")

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from .gradcam import WEIGHTS, Evidence, fuse
+from ..model.logits import p_fake
 from ..model.network import TemporalCNN_GRU
 
 # %% ../../nbs/3_explain/20_shown.ipynb #3320a185
@@ -60,7 +61,7 @@ def clip_probability(
     logits: torch.Tensor,  # (B, 2)
 ) -> torch.Tensor:  # (B,)
     "Calibrated probability of a fake of each clip."
-    return (logits/model.temperature).softmax(1)[:, 1]
+    return p_fake(logits, model.temperature, model.bias)
 
 # %% ../../nbs/3_explain/20_shown.ipynb #021b66af
 def shown_map(

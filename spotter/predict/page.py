@@ -87,8 +87,9 @@ section { border-top: 2px solid #222; margin-top: 2.5rem } h3 { font-size: 1rem 
 {% for r in rows %}<tr><td>{{ r.path }}</td><td class="{{ r.verdict }}">{{ r.verdict }}</td>\
 <td>{{ '–' if r.p_fake is none else '%.2f' % r.p_fake }}</td>\
 <td>{{ r.people|length }}</td><td>{{ r.reason or r.note or '' }}</td></tr>{% endfor %}</table>
-<p><i>p_fake</i> is the probability of a manipulated face as the network was calibrated on its validation clips; \
-a video is called fake from the threshold below upwards. On videos unlike those clips neither needs to hold. \
+<p><i>p_fake</i> is the probability of a manipulated face as the network was calibrated on its validation clips. \
+It holds where {{ '%.0f' % (100*settings.prevalence) }} % of videos are fake; where fewer are, it is too high. \
+A video is called fake from the threshold below upwards. On videos unlike those clips neither needs to hold. \
 A video's verdict is that of the face that is seen most.
 Heat shows {{ heat }}; that alone is no proof that something was altered there.</p>
 {% for s in sections %}{{ s }}{% endfor %}
