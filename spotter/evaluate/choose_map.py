@@ -10,7 +10,6 @@ import itertools
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..data.store import ClipStore
 from ..explain.clips import explained_clips
