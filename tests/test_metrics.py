@@ -249,6 +249,9 @@ def test_words_of_significance():
     limits = ((.1, .2), (-.2, -.1), (-.1, .1), (0, .1), (math.nan, math.nan), (None, None))
     words = [significance(dict(value=0, lo=lo, hi=hi)) for lo, hi in limits]
     assert words == ["higher", "lower", "not significant", "not significant", "undefined", "undefined"]
+    for lo, hi in ((1e-16, .1), (-.1, -1e-16), (-1e-16, -1e-16)):                               # 0 but for the last bit
+        assert significance(dict(value=0, lo=lo, hi=hi)) == "not significant"
+    assert significance(dict(value=0, lo=1e-6, hi=.1)) == "higher"
     assert [STORED_WORDS.get(w, w) for w in words[1:3]] == ["lower", "cannot be told from noise"]
 
 
