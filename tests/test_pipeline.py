@@ -15,6 +15,7 @@ import yaml
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 from spotter.data.corpora import index_dataset
+from spotter.evaluate.references import REFERENCES
 
 ROOT = Path(__file__).parents[1]
 PAIRS = dict(train=2, val=1, test=2)
@@ -148,9 +149,10 @@ def test_the_localisation_metrics_are_those_of_the_table(project):
             for score in SCORES:
                 assert found["maps"][source][score]["value"] == pytest.approx(rows[score].mean(), abs=2e-6), (source, score)
         for source, rows in table[table.label == 0].groupby("source"):
-            assert found["lit_on_real"][source]["value"] == pytest.approx(rows.lit.mean(), abs=2e-6), source
-        sources = {"fine", "mid", "semantic", "fused", "centre", "face", "noise", "random weights"}
-        assert sources <= set(table.source)
+            assert found["above_threshold_on_real"][source]["value"] == pytest.approx(rows.above_threshold.mean(), abs=2e-6), source
+        assert {"shown", "fine", "mid", "semantic", "fused", *REFERENCES} <= set(table.source)
+        for group in found["pooled"].values(): assert set(group["scores"]) == set(table.source) == {"shown", *group["differences"]}
+        assert set(project.metrics(key)["deletion"]["advantage"]) == {"deletion", "insertion"}
         assert ("mask head" in set(table.source)) == project.settings()["models"][key]["use_multiscale"]
 
 
@@ -274,7 +276,7 @@ def test_a_fourth_model_in_params_alone_appears_everywhere(project):
     found = json.loads((project/"metrics"/"comparison.json").read_text())
     assert found["arms"] == [*others, "fourth"] and f"fourth - {others[0]}" in found["differences"]
     assert {"fourth", f"fourth - {others[-1]}"} <= set(pd.read_csv(project/"metrics"/"comparison.csv").name)
-    assert "fourth: fused" in set(pd.read_csv(project/"metrics"/"localisation.csv").source)
+    assert {"fourth: shown", "fourth: fused"} <= set(pd.read_csv(project/"metrics"/"localisation.csv").source)
     assert (project/"reports"/"html"/"models"/"fourth"/"evaluate.html").is_file()
     plots = shown_plots(project)
     for key in (*others, "fourth"):

@@ -20,14 +20,16 @@ from .pyramid import BACKBONES
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #b058e9e9
 FORMAT = "spotter-1"   # version of the header; files of the predecessor have `legacy.OLD_FORMAT`
-MEASURED = "temperature", "threshold", "heatmap_constants", "heatmap_threshold"  # on validation; attributes of the network
+# on validation; attributes of the network
+MEASURED = ("temperature", "bias", "prevalence", "threshold",
+            "heatmap_constants", "heatmap_thresholds", "shown_map", "map_weights")
 
 def save_model(
     model: TemporalCNN_GRU,
     path: str | Path,  # `.safetensors`; its folder is made
     **metadata,        # whatever JSON holds: epoch, settings, seed …
 ):
-    "Write weights, configuration, input size, temperature, threshold and scale of the heatmaps."
+    "Write weights, configuration, input size and what is `MEASURED`."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     header = dict(format=FORMAT, config=model.config, image_size=model.image_size,
                   **{name: getattr(model, name) for name in MEASURED}, metadata=metadata)
@@ -95,6 +97,7 @@ def load_model(
     if is_safetensors(path):
         header = read_header(path)
         with safe_open(path, "pt") as f: state = {name: f.get_tensor(name) for name in f.keys()}
+        if header.get("heatmap_threshold") is not None: header["heatmap_thresholds"] = {"fused": header["heatmap_threshold"]}  # old files
     else:
         old, _ = read_old(path)
         header, state = dict(config=old.config), old.state

@@ -23,8 +23,10 @@ from ..data.faces import Detect, NoFaceError, make_detector
 from ..data.loader import to_input
 from ..data.video import DamageWarning, VideoError, count_decodable, iter_frames, video_length
 from ..explain.gradcam import MultiScaleGradCAM, frame_scores
+from ..explain.shown import shown_map
 from ..model import legacy
 from ..model.checkpoint import CheckpointInfo, inspect_checkpoint, load_model
+from ..model.logits import p_fake
 from .diagnostic import write_diagnostic
 from .windows import FRAMES, MIN_FRAMES, Sighting, Window, cut_out, plan_windows, same_people
 from ..runtime import autocast, resolve_precision
@@ -34,7 +36,7 @@ from ..runtime import autocast, resolve_precision
 class Person:
     "What was found about one face: N judged frames, heatmaps of h × w cells."
     verdict: str                    # "fake" or "real"
-    p_fake: float                   # of a fake, from the mean logit of the windows, with a temperature that was fitted to single clips
+    p_fake: float                   # of a fake, from the mean logit of the windows; temperature and bias were fitted to single clips
     coverage: float                 # share of the probes that show this face
     indices: np.ndarray             # (N,) frame numbers
     reach: np.ndarray               # (N,) frames before and behind it that each stands for
@@ -108,8 +110,10 @@ class Detector:
         "What a verdict depends on, for its record."
         return dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), format=info.format, backbone=info.backbone,
                     image_size=self.model.image_size, use_multiscale=info.use_multiscale, use_attention=info.use_attention,
-                    temperature=self.model.temperature, threshold=self.model.threshold, frames=self.frames, windows=self.windows,
-                    precision=self.precision, device=str(self.device), missing=info.missing, ignored=info.ignored)
+                    temperature=self.model.temperature, bias=self.model.bias, prevalence=self.model.prevalence,
+                    threshold=self.model.threshold, shown_map=self.model.shown_map, frames=self.frames, windows=self.windows,
+                    precision=self.precision,
+                    device=str(self.device), missing=info.missing, ignored=info.ignored)
 
 # %% ../../nbs/7_predict/20_detector.ipynb #f783645d
 def watch(
@@ -162,7 +166,7 @@ def _look(self: Detector, batch: torch.Tensor, heatmaps: bool) -> tuple:
     "Logits, frame scores and heatmaps of a batch of clips."
     if heatmaps:
         with MultiScaleGradCAM(self.model, precision=self.precision) as explainer: found = explainer.explain(batch)
-        return found.logits.cpu(), found.frame_scores.cpu().numpy(), found.maps["fused"].cpu().numpy()
+        return found.logits.cpu(), found.frame_scores.cpu().numpy(), shown_map(self.model, found).cpu().numpy()
     with torch.inference_mode(), autocast(self.precision, batch.device): logits, temporal = self.model(batch, return_temporal=True)
     return logits.float().cpu(), frame_scores(self.model, temporal.float()).cpu().numpy(), [None]*len(batch)
 
@@ -185,7 +189,7 @@ def judge(self: Detector,
 def _person(self: Detector, sightings: list[Sighting], said: list[tuple], probes: int) -> Person:
     "Put the windows of a person together; frames that were repeated for the network are told once."
     logits, scores, maps = zip(*said)
-    p = (torch.stack(logits).mean(0)/self.model.temperature).softmax(0)[1].item()
+    p = p_fake(torch.stack(logits).mean(0), self.model.temperature, self.model.bias).item()
     _, once = np.unique(np.concatenate([s.indices for s in sightings]), return_index=True)
     def joined(name): return np.concatenate([getattr(s, name) for s in sightings])[once]
     return Person("fake" if p >= self.model.threshold else "real", p, sum(s.seen for s in sightings)/probes,

@@ -23,7 +23,7 @@ from ..core import Params
 from ..data.store import ClipStore
 from ..metrics.threshold import choose_threshold, mean_f1
 from ..model.checkpoint import save_model
-from ..model.logits import clip_logits
+from ..model.logits import clip_logits, p_fake
 from ..runtime import progress
 from .losses import mask_loss
 from .resume import fingerprint, load_state, note_epoch, save_state
@@ -70,10 +70,9 @@ def validation_metrics(
     loss_fn: nn.Module,
 ) -> dict[str, float]:  # val_loss, val_mean_f1 (at its best threshold), val_auc
     "The metrics of a validation pass."
-    p_fake = torch.from_numpy(logits).softmax(1)[:, 1].numpy()
-    loss = loss_fn(torch.from_numpy(logits), torch.from_numpy(labels)).item()
-    f1 = mean_f1(labels, p_fake >= choose_threshold(labels, p_fake))
-    return dict(val_loss=loss, val_mean_f1=f1, val_auc=float(roc_auc_score(labels, p_fake)))
+    p, loss = p_fake(logits), loss_fn(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+    f1 = mean_f1(labels, p >= choose_threshold(labels, p))
+    return dict(val_loss=loss, val_mean_f1=f1, val_auc=float(roc_auc_score(labels, p)))
 
 # %% ../../nbs/5_train/40_loop.ipynb #e0e4abfa
 def validate(session: Session) -> tuple[np.ndarray, np.ndarray]:  # logits (N, 2), labels (N,)
