@@ -23,7 +23,8 @@ from ..runtime import reached_files
 # %% ../../nbs/5_train/30_resume.ipynb #a220b5da
 def fingerprint(params: Params, key: str, store: ClipStore) -> str:
     "Hash of all that decides the course of a training: settings, table of clips, source code."
-    settings = dict(clips=params.clips.model_dump(), train=params.train.model_dump(exclude={"workers"}), model=params.models[key].model_dump())
+    parts = dict(clips=params.clips, train=params.train, model=params.models[key])
+    settings = {name: part.model_dump(exclude={"workers"}) for name, part in parts.items()}
     sources = [p.read_text() for p in reached_files("from spotter.train.loop import train")]
     return hashlib.sha256(json.dumps([params.seed, params.threads, settings, store.clips.to_csv(), sources]).encode()).hexdigest()
 

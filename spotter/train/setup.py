@@ -75,8 +75,9 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     length = spec.steps_per_epoch * spec.batch_size or len(clips)
     sampler = BalancedSampler(clips.label, clips.method, params.seed, length=length)
     workers = resolve_workers(params.train.workers, params.threads)
-    own = torch.Generator().manual_seed(params.seed)   # a loader draws from the global one as often as it starts processes
-    return DataLoader(data, spec.batch_size, sampler=sampler, num_workers=workers, drop_last=True, persistent_workers=workers > 0, generator=own)
+    own = torch.Generator().manual_seed(params.seed)   # from the global one, a loader would draw as often as it starts processes
+    return DataLoader(data, spec.batch_size, sampler=sampler, num_workers=workers, drop_last=True,
+                      persistent_workers=workers > 0, generator=own)
 
 # %% ../../nbs/5_train/20_setup.ipynb #14202370
 @dataclass
