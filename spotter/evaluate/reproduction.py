@@ -45,8 +45,9 @@ def resolution(
     n: dict,          # clips: real, fake
 ) -> float:
     "What one test clip makes."
-    shares = dict(real_recall=1/n["real"], fake_recall=1/n["fake"], balanced_accuracy=.5/min(n["real"], n["fake"]))
-    return shares.get(name, 1/(n["real"] + n["fake"]))
+    real, fake = max(n["real"], 1), max(n["fake"], 1)
+    shares = dict(real_recall=1/real, fake_recall=1/fake, balanced_accuracy=.5/min(real, fake))
+    return shares.get(name, 1/(real + fake))
 
 # %% ../../nbs/6_evaluate/87_reproduction.ipynb #6bef7f88
 FILES = ["metrics.json", "predictions.csv", "localisation.csv"]  # of a model's evaluation
