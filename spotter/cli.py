@@ -229,7 +229,7 @@ def verify(
         metavar="[FILE]...", help="With --spread: metrics.json of repeated runs, in folders named like their models.")] = None,
     spread: Annotated[Optional[str], typer.Option(
         help="seed or processor: what the runs of FILE... differ in. How far they lie apart goes to metrics/spread.csv.")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Make the metrics that are here the reference, metrics/reference.json.")] = False,
+    record: Annotated[bool, typer.Option("--record", help="Make the metrics that are here the reference.")] = False,
     fail: Annotated[bool, typer.Option("--fail/--no-fail", help="Whether the exit code follows the verdict.")] = True,
 ):
     """Compare the metrics of a rerun with the committed ones, within the spread that seeds and processors have.
@@ -239,9 +239,10 @@ def verify(
     try:
         if bool(files) != bool(spread) or spread and record: raise ValueError("--spread and FILE... belong together, without --record")
         root = find_root()
-        if spread: verdict, text = "", f"written: {reproduction.write_spread(root, reproduction.measured_spread([f.parent for f in files], spread))}"
-        elif record: verdict, text = "", f"written: {reproduction.record_reference(root, load_params(root/'params.yaml'))}"
-        else: verdict, text = reproduction.verify(root, load_params(root/"params.yaml"))
+        params, written = load_params(root/"params.yaml"), None
+        if spread: written = reproduction.write_spread(root, reproduction.measured_spread([file.parent for file in files], spread))
+        if record: written = reproduction.record_reference(root, params)
+        verdict, text = ("", f"written: {written}") if written else reproduction.verify(root, params)
     except (ValueError, OSError) as e:
         typer.echo(f"spotter verify: {e}", err=True)
         raise typer.Exit(2)

@@ -222,7 +222,7 @@ def test_the_number_of_processes_changes_no_byte(pair, tmp_path, kind):
     from spotter.evaluate.audit import measure_corpus
     def made(workers):
         if kind == "crops": return digests(prepare_corpus(params, tmp_path/f"faces{workers}", pair, workers).folder)
-        return measure_corpus(params, pair, workers=workers).to_csv()
+        return measure_corpus(params, pair, frames=8, workers=workers).to_csv()
     params = load_params(ROOT/"params.yaml")
     one = made(1)
     assert made(2) == one and made(4) == one
