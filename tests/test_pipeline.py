@@ -119,7 +119,7 @@ def test_everything_of_a_model_is_in_its_folders(project):
     for key in project.models:
         names = [f"checkpoints/{key}/{name}.safetensors" for name in ("weights", "last", "best")]
         names += [f"metrics/models/{key}/{name}.csv" for name in ("predictions", "localisation", "roc", "calibration")]
-        names += [f"metrics/models/{key}/{name}" for name in ("metrics.json", "training/metrics.json")]
+        names += [f"metrics/models/{key}/{name}" for name in ("metrics.json", "training/metrics.json", "training/machine.json")]
         names += [f"reports/models/{key}/{name}" for name in ("train.ipynb", "calibrate.ipynb", "evaluate.ipynb", "heatmaps.jpg")]
         names += [f"reports/html/models/{key}/{name}.html" for name in ("train", "calibrate", "evaluate")]
         assert not (missing := [name for name in names if not (project/name).is_file()]), missing

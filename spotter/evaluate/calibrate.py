@@ -19,7 +19,7 @@ from ..metrics.threshold import choose_threshold
 from ..model.checkpoint import inspect_checkpoint, load_model, save_model
 from ..model.logits import clip_logits, p_fake
 from ..model.network import TemporalCNN_GRU
-from ..runtime import default_device
+from ..runtime import default_device, resolve_workers
 
 # %% ../../nbs/6_evaluate/00_calibrate.ipynb #2eff3f4d
 def calibrate(model: TemporalCNN_GRU, logits: np.ndarray, labels: np.ndarray):
@@ -32,13 +32,13 @@ def calibrate(model: TemporalCNN_GRU, logits: np.ndarray, labels: np.ndarray):
 def calibrate_checkpoint(
     weights: str | Path,   # of a training
     store: ClipStore,
-    params: Params,        # `clips.eval_frames`, `train.precision` and `train.workers` are used
+    params: Params,        # `clips.eval_frames`, `train.precision`, `train.workers` and `threads` are used
     out: str | Path,       # the checkpoint that is used for verdicts
 ) -> tuple[TemporalCNN_GRU, pd.DataFrame]:  # the candidates for the shown map, see `scale_heatmaps`
     "Write a trained network with temperature, bias, prevalence, threshold and what belongs to its heatmaps."
     model, frames, precision = load_model(weights, default_device()), params.clips.eval_frames, params.train.precision
-    clips = store.clips.query("split == 'val'")
-    calibrate(model, clip_logits(model, store, clips, frames, precision, workers=params.train.workers), clips.label.to_numpy())
+    clips, workers = store.clips.query("split == 'val'"), resolve_workers(params.train.workers, params.threads)
+    calibrate(model, clip_logits(model, store, clips, frames, precision, workers=workers), clips.label.to_numpy())
     candidates = scale_heatmaps(model, store, frames, precision)
     save_model(model, out, **inspect_checkpoint(weights).metadata)
     return model, candidates

@@ -6,6 +6,7 @@
 __all__ = ['batch_loss', 'train_epoch', 'validation_metrics', 'validate', 'run_epoch', 'log_epoch', 'check_splits', 'train']
 
 # %% ../../nbs/5_train/40_loop.ipynb #2f447fe5
+import json
 import shutil
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from ..data.store import ClipStore
 from ..metrics.threshold import choose_threshold, mean_f1
 from ..model.checkpoint import save_model
 from ..model.logits import clip_logits, p_fake
-from ..runtime import progress
+from ..runtime import machine, progress, resolve_workers
 from .losses import mask_loss
-from .resume import fingerprint, load_state, note_epoch, save_state
+from .resume import fingerprint, load_state, note_epoch, note_machine, save_state
 from .setup import Session, start_session
 
 # %% ../../nbs/5_train/40_loop.ipynb #f614a176
@@ -78,7 +79,8 @@ def validation_metrics(
 def validate(session: Session) -> tuple[np.ndarray, np.ndarray]:  # logits (N, 2), labels (N,)
     "Logits and labels of the validation clips."
     clips, recipe = session.store.clips.query("split == 'val'"), session.params.train
-    logits = clip_logits(session.bare, session.store, clips, session.params.clips.eval_frames, recipe.precision, workers=recipe.workers)
+    workers = resolve_workers(recipe.workers, session.params.threads)
+    logits = clip_logits(session.bare, session.store, clips, session.params.clips.eval_frames, recipe.precision, workers=workers)
     return logits, clips.label.to_numpy()
 
 # %% ../../nbs/5_train/40_loop.ipynb #3792ac26
@@ -114,7 +116,7 @@ def train(
     key: str,                        # a key of `params.models`
     store: ClipStore,                # of prepared clips
     out: str | Path,                 # folder of weights.safetensors (of the best epoch) and last.safetensors
-    live: str | Path,                # folder of DVCLive's metrics
+    live: str | Path,                # folder of DVCLive's metrics, and of machine.json: where the training ran
     resume: str | Path = ".resume",  # where the state of an unfinished training is kept, by model
 ) -> pd.DataFrame:  # the history: epoch, train_loss, val_loss, val_mean_f1, val_auc, learning_rate
     "Train a model, or continue. `KeyError` for an unknown model, `ValueError` when a class is missing in training or validation."
@@ -124,6 +126,7 @@ def train(
     notes = dict(arm=key, settings=params.models[key].model_dump(), faces=params.faces.model_dump(),
                  frames=params.clips.eval_frames, seed=params.seed)   # `arm` is what files call the key of a model
     now = load_state(folder, fingerprint(params, key, store), session.accelerator)
+    note_machine(now, machine(params.train.precision, params.threads))
     with Live(str(live), dvcyaml=None, save_dvc_exp=False, monitor_system=False) as log:
         for row in now.history: log_epoch(log, row)
         while len(now.history) < params.models[key].epochs and now.waited < params.train.patience:
@@ -135,5 +138,6 @@ def train(
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     save_model(session.bare, out/"last.safetensors", epoch=len(now.history) - 1, **notes)
     shutil.copyfile(folder/"weights.safetensors", out/"weights.safetensors")
+    (Path(live)/"machine.json").write_text(json.dumps(now.machines, indent=1) + "\n")
     shutil.rmtree(folder)
     return pd.DataFrame(now.history)

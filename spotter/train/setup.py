@@ -23,7 +23,7 @@ from ..data.loader import ClipDataset
 from ..data.sampling import BalancedSampler
 from ..data.store import ClipStore
 from ..model.network import TemporalCNN_GRU
-from ..runtime import default_device, resolve_precision, seed_everything
+from ..runtime import default_device, resolve_precision, resolve_workers, seed_everything
 from .losses import FocalLoss
 from .schedule import make_optimizer, side_at
 
@@ -74,8 +74,10 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     data = ClipDataset(store, clips, params.clips.frames, spec.image_size, params.train.augment, params.seed, growth)
     length = spec.steps_per_epoch * spec.batch_size or len(clips)
     sampler = BalancedSampler(clips.label, clips.method, params.seed, length=length)
-    return DataLoader(data, spec.batch_size, sampler=sampler, num_workers=params.train.workers, drop_last=True,
-                      persistent_workers=params.train.workers > 0)
+    workers = resolve_workers(params.train.workers, params.threads)
+    own = torch.Generator().manual_seed(params.seed)   # from the global one, a loader would draw as often as it starts processes
+    return DataLoader(data, spec.batch_size, sampler=sampler, num_workers=workers, drop_last=True,
+                      persistent_workers=workers > 0, generator=own)
 
 # %% ../../nbs/5_train/20_setup.ipynb #14202370
 @dataclass
