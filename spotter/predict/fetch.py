@@ -39,8 +39,8 @@ def fetch(
 @contextmanager
 def _errors_alone():
     "DVC warns of every file that it misses, which may be thousands."
-    logger = logging.getLogger("dvc")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("dvc", "dvc_data"))}
+    for logger in levels: logger.setLevel(logging.ERROR)
     try: yield
-    finally: logger.setLevel(level)
+    finally:
+        for logger, level in levels.items(): logger.setLevel(level)
