@@ -9,8 +9,10 @@ __all__ = ['app', 'SUFFIXES', 'EXIT_CODES', 'main', 'synth', 'find_videos', 'pre
 import gc
 import glob
 import json
+import os
 import sys
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -80,6 +82,7 @@ def find_videos(
     found = {}
     for name in inputs:
         path = Path(name)
+        _fetch_missing(path)
         if path.is_dir():   # a dangling link is told, not passed over
             here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
         elif not path.exists() and glob.has_magic(name):
@@ -88,6 +91,13 @@ def find_videos(
         if not here: raise ValueError(f"{name}: no videos there, that is no {', '.join(sorted(SUFFIXES))}")
         found |= dict.fromkeys(here)
     return list(found)
+
+def _fetch_missing(path: Path):
+    "Fetch the bundled clips if a path or a pattern needs them."
+    start = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))   # of a pattern: the folder that it looks in
+    if os.path.lexists(start): return
+    from spotter.predict.fetch import fetch
+    fetch(start)
 
 # %% ../nbs/9_cli/00_cli.ipynb #eb3a442b
 def _detector(checkpoint, device, precision, windows):
@@ -102,6 +112,7 @@ def _detector(checkpoint, device, precision, windows):
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
     detector = Detector(checkpoint, device, precision, windows)
+    typer.echo(f"judging with {detector.settings['checkpoint']}", err=True)
     for what in ("missing", "ignored"):
         if not (names := detector.settings[what]): continue
         shown = ", ".join(names[:3]) + " …"*(len(names) > 3)
@@ -175,7 +186,8 @@ def _write(settings: dict, records: list[dict], sections: list[str], json_out, c
 def predict(
     inputs: Annotated[list[str], typer.Argument(metavar="PATH...", help="Videos, folders with videos, patterns such as 'videos/*.mp4'.")],
     checkpoint: Annotated[Optional[Path], typer.Option(
-        help="Trained network, also of the predecessor on efficientnet_pytorch. [default: the project's own, see `make repro`]")] = None,
+        help="Trained network, also of the predecessor on efficientnet_pytorch. "
+             "[default: one that `make repro` trained here, else the one that comes with the project]")] = None,
     json_out: Annotated[Optional[Path], typer.Option("--json", help="Write everything that was found, one entry per input.")] = None,
     csv_out: Annotated[Optional[Path], typer.Option("--csv", help="Write the table.")] = None,
     report: Annotated[Optional[Path], typer.Option(help="Write a page with frames, heatmaps and scores, self-contained.")] = None,

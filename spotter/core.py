@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
@@ -121,7 +121,15 @@ class Params(Section):
     clips: ClipParams
     train: TrainParams
     models: dict[str, ModelParams]                 # name -> settings: whoever adds a model adds it here
+    shipped: str                                   # the model whose network a clone can fetch
     evaluate: EvaluateParams
+
+    @field_validator("shipped")
+    @classmethod
+    def _is_a_model(cls, key: str, info: ValidationInfo) -> str:
+        models = info.data.get("models", {key: None})   # faulty models are told by themselves
+        if key not in models: raise ValueError(f"one of {', '.join(models)} is wanted")
+        return key
 
 # %% ../nbs/0_core/00_core.ipynb #2cc6ca5e
 def load_params(

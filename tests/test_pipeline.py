@@ -89,7 +89,8 @@ def make_project(folder: Path, settings: dict, runs: dict, methods: set[str], bo
 
 def one_model(settings: dict) -> dict:
     "Settings with one model, under a name that stands nowhere else."
-    return settings | dict(models={"small": next(m for m in settings["models"].values() if m["use_multiscale"] and m["use_attention"])})
+    small = next(m for m in settings["models"].values() if m["use_multiscale"] and m["use_attention"])
+    return settings | dict(models={"small": small}, shipped="small")
 
 
 NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"))
@@ -128,7 +129,7 @@ def test_everything_of_a_model_is_in_its_folders(project):
 def test_the_corpus_and_the_comparison_are_reported(project):
     names = [f"metrics/{name}.csv" for name in ("comparison", "localisation", "excluded", "audit", "audit_clips", "baseline/predictions")]
     names += [f"metrics/{name}.json" for name in ("comparison", "audit", "baseline/metrics")]
-    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "compare")]
+    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "ship", "compare")]
     assert not (missing := [name for name in names if not (project/name).is_file()]), missing
     assert json.loads((project/"metrics"/"comparison.json").read_text())["arms"] == list(project.models)
 
@@ -183,6 +184,32 @@ def test_html_is_self_contained(project):
 def shown_plots(project) -> set[str]:
     "Files behind the plots of `dvc plots show`."
     return {name.split("::")[-1] for name in json.loads(project.run("dvc", "plots", "show", "--json"))["data"]}
+
+
+def test_a_clone_fetches_network_and_clips(project, tmp_path):
+    "Committed as the project is, with its remote inside, and cloned: a verdict needs one command, which leaves git clean."
+    source, clone = Project(tmp_path/"source", project.models), Project(tmp_path/"clone", project.models)
+    for name in ("spotter", "nbs", "results"): shutil.copytree(project/name, source/name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore"): shutil.copy(project/name, source/name)
+    for name in (".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        (source/name).parent.mkdir(exist_ok=True); shutil.copy(ROOT/name, source/name)
+    shutil.copytree(project/"data", source/"data")
+    source.run("git", "init", "--quiet")
+    source.run("dvc", "add", "data"); source.run("dvc", "push", "data.dvc")
+    (project/".dvc"/"config.local").write_text(f"[core]\n remote = source\n['remote \"source\"']\n url = {source/'.dvcstore'}\n")
+    project.run("dvc", "push", "checkpoints/shipped.safetensors")
+    source.run("git", "add", "--all")
+    source.run("git", "-c", "user.name=a", "-c", "user.email=a@b.invalid", "commit", "--quiet", "--message", "A project")
+    source.run("git", "clone", "--quiet", str(source.folder), str(clone.folder))
+    assert not any((clone/name).exists() for name in ("data", "checkpoints"))
+
+    row = project.table(f"models/{project.settings()['shipped']}/predictions").iloc[-1]
+    clips = index_dataset(project/"data", compression="c23").set_index("clip_id").path
+    said = clone.run("spotter", "predict", f"data/{clips[row.clip_id]}", "--csv", "out.csv")
+    assert all(word in said for word in ("fetching data (", "fetching checkpoints/shipped.safetensors (", "judging with ")), said
+    assert pd.read_csv(clone/"out.csv").p_fake[0] == pytest.approx(row.p_fake, abs=.02)   # rounded weights, and bfloat16 where there is
+    assert len(list((clone/"data").rglob("*.mp4"))) == len(list((project/"data").rglob("*.mp4")))
+    assert clone.run("git", "status", "--porcelain").split() == ["??", "out.csv"]
 
 
 @all_models

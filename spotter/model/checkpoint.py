@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MEASURED', 'save_model', 'is_safetensors', 'read_old', 'read_header', 'CheckpointInfo',
-           'inspect_checkpoint', 'load_model']
+           'inspect_checkpoint', 'load_model', 'shrink_checkpoint']
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #c93ddd37
 import json
@@ -106,3 +106,14 @@ def load_model(
     except RuntimeError as e: raise ValueError(f"{path}: the tensors do not fit its configuration: {e}") from e
     for name in ("image_size", *MEASURED): setattr(model, name, header.get(name, getattr(model, name)))  # old files have nothing measured
     return model.to(device).eval()
+
+# %% ../../nbs/2_model/40_checkpoint.ipynb #bde813e3
+def shrink_checkpoint(
+    path: str | Path,  # written by `save_model`
+    out: str | Path,   # `.safetensors`; its folder is made
+):
+    "Write a checkpoint again, its matrices and kernels rounded to bfloat16, all else as it is. Raises as `read_header` does."
+    read_header(path)
+    out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
+    with safe_open(path, "pt") as f: tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    save_file({name: t.bfloat16() if t.ndim > 1 else t for name, t in tensors.items()}, out, header)
