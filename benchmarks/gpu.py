@@ -3,7 +3,8 @@
 Here, where `dvc repro prepare` has run:
     python benchmarks/gpu.py pack gpu_pack     # face tables, reference crops; prints the sizes, and how to get the wheels
 There, in a copy of the checkout (.dvcstore included) with the folder gpu_pack in it:
-    pip install --no-index --no-deps gpu_pack/wheels/*.whl && python benchmarks/gpu.py check --out OUT && python benchmarks/gpu.py run --out OUT
+    pip install --no-index --no-deps gpu_pack/wheels/*.whl && python benchmarks/gpu.py check --out OUT
+    python benchmarks/gpu.py run --out OUT --minutes 8
 
 `run` trains every model with the first seed, then with the next one, and starts nothing that would not end in time. A run's tables are
 in OUT/tables.tar.gz when it ends; those of the heatmaps follow from processes beside it. `check` measures the device. Both need PyTorch,
@@ -39,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="gather what must travel beside the checkout")
     pack.add_argument("out", type=Path, help="folder; made anew, but for the wheels in it")
-    pack.add_argument("--weights", type=Path, nargs="*", default=[], help="state dicts to start from; packed in half precision, no classifier")
+    pack.add_argument("--weights", type=Path, nargs="*", default=[], help="state dicts to start from, in half precision")
     run, check = commands.add_parser("run", help="train and evaluate"), commands.add_parser("check", help="measure the device")
     for command in (run, check):
         command.add_argument("--out", type=Path, required=True, help="folder of the results; at most eight files")
@@ -299,7 +300,8 @@ def check_all(args: argparse.Namespace, scratch: Path) -> int:
     for tf32 in (False, True):
         name = f"maps against the processor's, {'with' if tf32 else 'without'} TF32"
         note(name, checks.agreement(model, store, fakes, params.clips.eval_frames, args.device, tf32))
-    note("a video's seconds in the network", checks.video_seconds(model, store, fakes.clip_id.iloc[0], args.device, params.train.precision))
+    seconds = checks.video_seconds(model, store, fakes.clip_id.iloc[0], args.device, params.train.precision)
+    note("a video's seconds in the network", seconds)
     save_model(model, scratch/"check.safetensors", faces=params.faces.model_dump(), frames=params.clips.eval_frames)
     video = corpus.tracked_files(args.root)[fakes.path.iloc[0]]
     note(f"predict --device {args.device}", checks.predicted(video, scratch/"check.safetensors", args.device))
@@ -320,6 +322,7 @@ def main() -> int:
     os.environ |= dict(TQDM_DISABLE="1", CUBLAS_WORKSPACE_CONFIG=":4096:8", HF_HUB_OFFLINE="1")
     if args.command == "pack": pack(args.out, args.weights); return 0
     if args.device == "cpu": os.environ["CUDA_VISIBLE_DEVICES"] = ""   # accelerate takes a GPU where it sees one
+    settings(args); read_pack(args.pack)   # what is wrong there is said before anything takes long
     import torch
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"PyTorch {torch.__version__} sees no CUDA device here; for a rehearsal say --device cpu --tiny")

@@ -1,4 +1,4 @@
-"""The augmentation of `spotter.data.augment` for batches on a device: the same distributions, drawn once per clip, in plain tensor code."""
+"""The augmentation of `spotter.data.augment` for batches on a device: the same distributions, drawn once per clip, as tensor code."""
 import math
 from dataclasses import dataclass
 

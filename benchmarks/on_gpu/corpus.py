@@ -1,4 +1,4 @@
-"""The bundled clips without DVC, PyAV and face detector: files of the remote, decoded by OpenCV, cut at boxes that were found elsewhere."""
+"""The bundled clips without DVC, PyAV and face detector: files of the remote, decoded by OpenCV, cut at boxes found elsewhere."""
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
