@@ -308,6 +308,7 @@ def test_the_kept_checkpoint_is_put_together_from_its_parts(results, tmp_path):
     assert len(parts) > 1 and load_model(tmp_path/"b0.safetensors").image_size == 64
 
 
+@pytest.mark.slow
 def test_the_device_is_measured(rehearsal, tmp_path):
     done = rehearsal("check", "--out", tmp_path, "--device", "cpu", "--tiny", "--models", "b0", "--steps", "2", "--clips", "2")
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"

@@ -82,7 +82,7 @@ def crop_and_resize(
     top, left, window = (torch.from_numpy(x).to(device) for x in (draws.top, draws.left, draws.window))
     rows, columns = (resize_weights(start, window, int(draws.window.max()), side, size) for start in (top, left))
     out = torch.einsum("bxw,btywc->btcyx", columns, torch.einsum("byh,bthwc->btywc", rows, frames.float()))
-    nearest = torch.arange(size, device=device)*window[:, None]//size
+    nearest = (torch.arange(size, device=device)*(window[:, None]/size)).long()   # in float32, as PyTorch does it
     y, x = (reflected(start[:, None] + nearest, side) for start in (top, left))
     clips = torch.arange(len(frames), device=device)[:, None, None]
     return out.round().clamp(0, 255), masks[clips, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
