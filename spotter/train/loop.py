@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from dvclive import Live
 from sklearn.metrics import roc_auc_score  # and not ours of `metrics.classification`, where a change would mean to train again
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -95,7 +94,7 @@ def run_epoch(session: Session, epoch: int) -> dict[str, float]:  # a row of the
     return dict(epoch=epoch, train_loss=loss, **validation_metrics(*validate(session), session.loss_fn), learning_rate=rate)
 
 # %% ../../nbs/5_train/40_loop.ipynb #75b90eea
-def log_epoch(log: Live, row: dict):
+def log_epoch(log: "dvclive.Live", row: dict):
     "One step of DVCLive: all of the row but its epoch, which is the number of the step."
     for name, value in row.items():
         if name != "epoch": log.log_metric(name, value)
@@ -127,6 +126,7 @@ def train(
                  frames=params.clips.eval_frames, seed=params.seed)   # `arm` is what files call the key of a model
     now = load_state(folder, fingerprint(params, key, store), session.accelerator)
     note_machine(now, machine(params.train.precision, params.threads))
+    from dvclive import Live   # not at the top, because it brings DVC, and an epoch needs neither
     with Live(str(live), dvcyaml=None, save_dvc_exp=False, monitor_system=False) as log:
         for row in now.history: log_epoch(log, row)
         while len(now.history) < params.models[key].epochs and now.waited < params.train.patience:
