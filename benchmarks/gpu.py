@@ -56,7 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--steps", type=int, default=0, help="of each training; by default as many as the time allows, at most 3000")
     run.add_argument("--study", action="store_true", help="afterwards also the trainings of results/params.yaml")
     run.add_argument("--keep", default="", help="name of the run whose checkpoint comes back, in bf16 and in parts")
-    run.add_argument("--evaluators", type=int, default=3, help="processes that score heatmaps; 0: each run waits for its scores")
+    run.add_argument("--evaluators", type=int, default=4, help="processes that score heatmaps; 0: each run waits for its scores")
     check.add_argument("--steps", type=int, default=50, help="of the two trainings that are compared")
     return parser.parse_args(arguments)
 
@@ -234,14 +234,18 @@ def write_tables(folder: Path, out: Path):
     (out/"tables.part").replace(out/"tables.tar.gz")
 
 
-def summarise(rows: dict[str, dict], done: dict[str, dict], lost: dict[str, str]):
-    "Add what the evaluations found to the rows of the runs."
+def summarise(rows: dict[str, dict], tables: Path, done: dict[str, dict], lost: dict[str, str]):
+    "Add what the evaluations found, as far as they came, to the rows of the runs."
     for name, reason in lost.items(): rows[name]["evaluation"] = reason; say(f"{name}: {reason}")
-    for name, metrics in done.items():
-        maps = metrics["localisation"]["maps"]
+    for name in (*done, *lost):
+        file = tables/name/"metrics.json"
+        if not file.is_file(): continue
+        metrics = json.loads(file.read_text())
         rows[name] |= {f"test_auc_{end}": metrics["auc"][end] for end in ("lo", "hi")} | dict(ece=metrics["ece"]["value"])
+        if "localisation" not in metrics: continue
+        maps = metrics["localisation"]["maps"]
         rows[name] |= {f"AP of {source}": found["average_precision"]["value"] for source, found in maps.items()}
-        rows[name] |= dict(evaluation_seconds=round(metrics["seconds"], 1))
+    for name, metrics in done.items(): rows[name] |= dict(evaluation_seconds=round(metrics["seconds"], 1))
 
 
 def train_all(args: argparse.Namespace, scratch: Path) -> int:
@@ -270,7 +274,7 @@ def train_all(args: argparse.Namespace, scratch: Path) -> int:
                 write_tables(tables, args.out)
             say(f"{run.name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         done, lost = evaluators.finished(max(0, deadline + GRACE - time.monotonic()))
-    summarise(rows, done, lost)
+    summarise(rows, tables, done, lost)
     if tables.is_dir(): write_tables(tables, args.out)
     pd.DataFrame.from_dict(rows, orient="index").rename_axis("name").to_csv(args.out/"summary.csv")
     record.write(args.out/"run.json", bench.about | dict(steps=steps, seconds=round(time.monotonic() - STARTED, 1), runs=rows))

@@ -239,6 +239,14 @@ def test_every_model_has_a_seed_before_any_has_two():
     assert [run.name for run in runs] == ["a", "b", "a-seed1", "b-seed1", "a-pairs6"] and runs[-1] == Run("a-pairs6", "a", 0, 6)
 
 
+def test_trainings_on_a_part_leave_the_test_split_whole(store):
+    def of(run): return run.part(store).clips.groupby("split").clip_id.count().to_dict()
+    assert of(Run("half", "b0", 0, pairs=1)) == dict(train=4, val=8, test=8)
+    assert of(Run("unseen", "b0", 0, without="Deepfakes")) == dict(train=6, val=6, test=8)
+    part = Run("half", "b0", 0, pairs=1).part(store)
+    assert (part.read(part.clips.clip_id[0], [1])[0] == store.read(part.clips.clip_id[0], [1])[0]).all()
+
+
 def test_steps_fill_the_time_and_no_more():
     assert gpu.steps_that_fit({"a": .02, "b": .05}, ["a", "b", "a"], 400, extra=8, most=9000) == int((360 - 24)/.09)
     assert gpu.steps_that_fit({"a": .001}, ["a"], 400) == 3000 and gpu.steps_that_fit({"a": 9.}, ["a"], 5) == 1

@@ -47,15 +47,21 @@ def evaluate_run(
     sampling = params.evaluate.resamples, params.seed
     table, excluded = read_predictions(folder/"predictions.csv"), store.excluded.query("split == 'test'")
     metrics = model_metrics(table, excluded, model.temperature, round(float(model.threshold), 6), *sampling)
-    write_json(folder/"metrics.json", metrics)   # in case that the time is over before the heatmaps are scored
+    _write(folder, metrics)   # in case that the time is over before the heatmaps are scored
     scale_heatmaps(model, store, frames, precision)
     scores, thresholds = score_split(model, store, frames, precision, params.seed)
     write_localisation(scores, folder/"localisation.csv")
     scores = read_localisation(folder/"localisation.csv")
     _, _, metrics["localisation"] = heatmap_metrics(scores, thresholds, model.heatmap_constants, *sampling)
-    write_json(folder/"metrics.json", metrics)
+    _write(folder, metrics)
     (folder/"fitted.json").write_text(json.dumps({name: getattr(model, name) for name in MEASURED}, indent=2) + "\n")
     return metrics | dict(seconds=time.perf_counter() - start)
+
+
+def _write(folder: Path, metrics: dict):
+    "metrics.json, which is there whole or as it was before."
+    write_json(folder/"metrics.part", metrics)
+    (folder/"metrics.part").replace(folder/"metrics.json")
 
 
 def _prepare(threads: int): torch.set_num_threads(threads)
