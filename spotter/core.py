@@ -148,7 +148,7 @@ def _explain(problem: dict) -> str:
 
 # %% ../nbs/0_core/00_core.ipynb #3e16fdd0
 def apply_overlay(
-    overlay: str | Path | dict,       # some of the settings: a YAML file, relative to the project, or the values themselves
+    overlay: str | Path | dict,       # some of the settings: a YAML file, relative to the project, or what ruamel.yaml reads of one
     path: str | Path | None = None,   # by default the project's `params.yaml`
 ) -> list[str]:  # the names of the settings that changed
     "Write the values of `overlay` into `params.yaml`. Raises `ValueError` for a wrong setting, and then leaves the file as it was."

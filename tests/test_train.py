@@ -182,17 +182,18 @@ class Killed(Exception): pass
 
 
 class BreakingStore(ToyStore):
-    "Kills the process that loads the training clips in its second epoch; each process counts its own reads."
+    "Kills the process that loads the training clips in its third epoch; each process counts its own reads."
     reads = 0
     def read(self, *args):
         self.reads += 1
-        if self.reads > 10: raise Killed("killed")
+        if self.reads > 2*8 + 2: raise Killed("killed")
         return super().read(*args)
 
 
 def test_a_killed_training_with_sequences_ends_with_the_same_bytes(tmp_path):
-    "With a process that loads and lives through the epochs: two steps of four clips with one frame, then two with two frames."
-    params, stores = settings(init="lite", workers=1, sequence_epochs=1), dict(whole=ToyStore(), broken=ToyStore())
+    "With a process that loads and lives through the epochs: all but the head frozen in the first one, two frames a clip in the third."
+    changes = dict(epochs=3, unfreeze_epoch=1, trainable_blocks=0, sequence_epochs=1)
+    params, stores = settings(init="lite", workers=1, **changes), dict(whole=ToyStore(), broken=ToyStore())
     def run(name, store): return train(params, "toy", store, tmp_path/name, tmp_path/f"{name}_live", tmp_path/f"{name}_resume")
     whole = run("whole", stores["whole"])
     with pytest.raises(Killed): run("broken", BreakingStore())

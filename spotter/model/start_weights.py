@@ -7,7 +7,7 @@ __all__ = ['LITE', 'LiteWeights', 'sha256', 'lite_file', 'lite_state', 'grow_ten
            'take_imagenet_input', 'load_lite', 'StartFile', 'start_file', 'start_record', 'load_start',
            'apply_reference']
 
-# %% ../../nbs/2_model/45_start_weights.ipynb #c33c0105
+# %% ../../nbs/2_model/45_start_weights.ipynb #0316f985
 import hashlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import timm
 import torch
-import yaml
+from ruamel.yaml import YAML
 from torch import nn
 
 from ..core import apply_overlay, find_root, load_params
@@ -160,13 +160,13 @@ def _load_same(model: TemporalCNN_GRU, path: Path):
     if differ: raise ValueError(f"train.init: {path} is a network of another architecture: {'; '.join(differ)}")
     model.load_state_dict(other.state_dict())
 
-# %% ../../nbs/2_model/45_start_weights.ipynb #080cbb37
+# %% ../../nbs/2_model/45_start_weights.ipynb #934f011e
 def apply_reference(
     path: str | Path | None = None,  # by default the project's `params.yaml`
 ) -> list[str]:  # lines to print: what changed, and what trainings start from
     "Write params/reference.yaml into `params.yaml`, with `lite` as start where timm's weights cannot be had."
     path = Path(path or find_root()/"params.yaml")
-    values = yaml.safe_load((find_root(path.parent)/"params"/"reference.yaml").read_text())
+    values = YAML().load((find_root(path.parent)/"params"/"reference.yaml").read_text())
     try:
         for backbone in sorted({model.backbone for model in load_params(path).models.values()}): imagenet_file(backbone)
         start = "trainings start from timm's ImageNet weights"

@@ -87,7 +87,7 @@ def validate(session: Session) -> tuple[np.ndarray, np.ndarray]:  # logits (N, 2
 def run_epoch(session: Session, epoch: int) -> dict[str, float]:  # a row of the history
     "Train for one epoch and score the validation clips."
     recipe, rate = session.params.recipe(session.key), session.optimizer.param_groups[0]["lr"]
-    if epoch == recipe.unfreeze_epoch: session.bare.unfreeze()
+    if epoch >= recipe.unfreeze_epoch: session.bare.unfreeze()   # not only in that epoch: a resumed training starts in a later one
     session.loader.set_epoch(epoch)
     loss = train_epoch(session.accelerator, session.model, session.loader, session.loss_fn, session.optimizer, session.scheduler,
                        recipe.clip_norm, recipe.mask_loss, f"{session.key}, epoch {epoch + 1}")
