@@ -54,7 +54,7 @@ bench: data  ## speeds as ratios, measured side by side
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/inference.py  # as in a user's notebook
 
 reference: environment  ## put the settings for real corpora (params/reference.yaml) into params.yaml
-	$(RUN) python -c "from spotter.core import apply_overlay; print(*(apply_overlay('params/reference.yaml') or ['nothing to change']), sep=', ')"
+	$(RUN) python -c "from spotter.model.start_weights import apply_reference; print(*apply_reference(), sep='\n')"
 
 readme: data  ## run the notebooks of README.md and DATASHEET.md on the files as they are, and make the pages from them
 	$(RUN) jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace nbs/index.ipynb nbs/datasheet.ipynb

@@ -26,11 +26,11 @@ def endless(loader, start):
 
 def training_step(session, batches):
     "One batch, from the stored crops to the updated weights."
-    batch, mask_weight = next(batches), session.params.train.mask_loss * session.params.models[session.key].use_multiscale
+    batch, recipe = next(batches), session.params.recipe(session.key)
     with session.accelerator.accumulate(session.model):
-        session.accelerator.backward(batch_loss(session.model, batch, session.loss_fn, mask_weight))
+        session.accelerator.backward(batch_loss(session.model, batch, session.loss_fn, recipe.mask_loss))
         if session.accelerator.sync_gradients:
-            session.accelerator.clip_grad_norm_(session.model.parameters(), session.params.train.clip_norm)
+            session.accelerator.clip_grad_norm_(session.model.parameters(), recipe.clip_norm)
         session.optimizer.step(); session.scheduler.step(); session.optimizer.zero_grad()
 
 
@@ -44,6 +44,7 @@ def bare_step(net, x, precision):
 def measure(key: str, pairs: int, block: int = 3):
     "Print the ratios of throughput, from `pairs` times a block of steps of each side."
     params = load_params()
+    params = params.model_copy(update=dict(train=params.train.model_copy(update=dict(sequence_epochs=0))))   # every step has as many clips
     session = start_session(params, key, ClipStore(find_root()/"faces"))
     spec, precision = params.models[key], resolve_precision(params.train.precision)
     n = spec.batch_size * params.clips.frames
@@ -51,7 +52,7 @@ def measure(key: str, pairs: int, block: int = 3):
     nets = {name: create_backbone(spec.backbone).train().to(memory_format=torch.channels_last)
             for name in ("unchanged", "depthwise in fp32")}
     depthwise_in_fp32(nets["depthwise in fp32"])
-    batches, ratios = endless(session.loader, params.train.grow_epochs), {name: [] for name in nets}
+    batches, ratios = endless(session.loader, params.recipe(key).grow_epochs), {name: [] for name in nets}
     for _ in range(2): training_step(session, batches)
     for net in nets.values(): bare_step(net, x, precision)
     for _ in range(pairs):

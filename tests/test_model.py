@@ -131,5 +131,5 @@ def test_frozen_batch_norm_stays_frozen():
 
 
 def test_pretrained_without_a_hub_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("timm.create_model", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
-    with pytest.raises(ConnectionError, match="train.pretrained: false"): TemporalCNN_GRU(pretrained=True)
+    monkeypatch.setattr("spotter.model.pyramid.hf_hub_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(ConnectionError, match="train.init: lite"): TemporalCNN_GRU(pretrained=True)

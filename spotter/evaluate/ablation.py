@@ -37,7 +37,8 @@ def variants(
 # %% ../../nbs/6_evaluate/92_ablation.ipynb #2d6f9930
 def with_mask_loss(params: Params, weight: float) -> Params:
     "The same settings with another weight of the mask loss."
-    return params.model_copy(update=dict(train=params.train.model_copy(update=dict(mask_loss=weight))))
+    models = {key: m.model_copy(update=dict(train=m.train.model_copy(update=dict(mask_loss=None)))) for key, m in params.models.items()}
+    return params.model_copy(update=dict(train=params.train.model_copy(update=dict(mask_loss=weight)), models=models))
 
 # %% ../../nbs/6_evaluate/92_ablation.ipynb #b1e66f6c
 def train_variant(

@@ -131,8 +131,7 @@ def explain(self: MultiScaleGradCAM,
 ) -> Evidence:  # float32, detached
     "Maps, verdict and the rest of `Evidence` for a batch of clips. `RuntimeError` outside the context."
     if self._seen is None: raise RuntimeError("use MultiScaleGradCAM in a with statement: its hooks are only there inside")
-    parts = dict(attention=self.model.spatial_attention, mask=self.model.feature_extractor.pyramid)
-    extra = [name for name, part in parts.items() if part is not None]
+    extra = ["attention"] * (self.model.spatial_attention is not None) + ["mask"] * self.model.has_mask
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         with autocast(self.precision, clips.device):
             logits, temporal, *found = self.model(clips, return_temporal=True, **{f"return_{name}": True for name in extra})

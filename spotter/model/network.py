@@ -42,12 +42,14 @@ class TemporalCNN_GRU(nn.Module):
         backbone: str = "efficientnet-b0",  # or "efficientnet-b3"
         use_multiscale: bool = False,       # feature pyramid over strides 8, 16 and 32
         use_attention: bool = True,         # channel and spatial attention
-        pretrained: bool = False,           # ImageNet weights from the hub
+        pretrained: bool = False,           # timm's ImageNet weights, from the hub or its cache
         attention_reduction: int = 64,      # channels over those of attention's bottlenecks; 8 in old checkpoints
+        mask_head: bool = False,            # predict the manipulated region also without a pyramid, which always does
     ):
         super().__init__()
         self.config = dict(num_classes=num_classes, hidden_size=hidden_size, backbone=backbone,
-                           use_multiscale=use_multiscale, use_attention=use_attention, attention_reduction=attention_reduction)
+                           use_multiscale=use_multiscale, use_attention=use_attention, attention_reduction=attention_reduction,
+                           mask_head=use_multiscale or mask_head)
         self.image_size, self.threshold = BACKBONES[backbone].image_size, 0.5
         self.temperature, self.bias, self.prevalence = 1.0, 0.0, 0.5
         self.heatmap_constants, self.heatmap_thresholds, self.shown_map, self.map_weights = None, {}, "fused", None
@@ -56,7 +58,8 @@ class TemporalCNN_GRU(nn.Module):
         self.spatial_attention = SpatialAttentionModule(self.feature_dim, attention_reduction) if use_attention else None
         self.temporal = nn.GRU(self.feature_dim, hidden_size, num_layers=2, batch_first=True, bidirectional=True)
         self.classifier = make_classifier(4 * hidden_size, num_classes)
-        self._frozen = []
+        self.mask_head = nn.Conv2d(self.feature_dim, 1, 1) if mask_head and not use_multiscale else None
+        self._frozen, self._fixed_norms = [], []
         if freeze_backbone and not pretrained:
             warnings.warn("the backbone is frozen at random weights: pass pretrained=True, or freeze_backbone=False to train it")
         if freeze_backbone: self.freeze()
@@ -67,11 +70,18 @@ class TemporalCNN_GRU(nn.Module):
 def embed_frames(self: TemporalCNN_GRU,
     x: torch.Tensor,  # (B, T, 3, H, W), ImageNet-normalised
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    "Embeddings (B, T, feature_dim) of the frames; attention (B, T, h, w) and mask logits (B, T, H/8, W/8), None without such a module."
+    "Embeddings (B, T, feature_dim) of the frames; attention (B, T, h, w) and mask logits (B, T, h', w'), None without such a module."
     features, mask = self.feature_extractor(x.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+    if self.mask_head is not None: mask = self.mask_head(features)
     features, attention = (features, None) if self.spatial_attention is None else self.spatial_attention(features)
     per_clip = [None if m is None else m[:, 0].unflatten(0, x.shape[:2]) for m in (attention, mask)]
     return features.mean((2, 3)).unflatten(0, x.shape[:2]), *per_clip
+
+# %% ../../nbs/2_model/20_network.ipynb #d85fd223
+@patch(as_prop=True)
+def has_mask(self: TemporalCNN_GRU) -> bool:
+    "Whether `return_mask=True` works: with a pyramid or a mask head of its own."
+    return self.feature_extractor.pyramid is not None or self.mask_head is not None
 
 # %% ../../nbs/2_model/20_network.ipynb #89039a71
 @patch
@@ -79,12 +89,12 @@ def forward(self: TemporalCNN_GRU,
     x: torch.Tensor,  # (B, T, 3, H, W), ImageNet-normalised
     return_temporal: bool = False,   # also the temporal features (B, T, 2·hidden_size)
     return_attention: bool = False,  # also the attention map (B, T, h, w) in [0, 1]
-    return_mask: bool = False,       # also the logits (B, T, H/8, W/8) of the manipulated region
+    return_mask: bool = False,       # also the logits of the manipulated region: (B, T, H/8, W/8), without a pyramid (B, T, H/32, W/32)
 ):  # logits (B, num_classes), followed by what was asked for
     "Classify clips. `ValueError` for input of another shape, or for a map that this model does not have."
     if x.ndim != 5 or x.shape[2] != 3: raise ValueError(f"a batch of clips is (B, T, 3, H, W), got {tuple(x.shape)}")
     if return_attention and self.spatial_attention is None: raise ValueError("this model was built with use_attention=False")
-    if return_mask and self.feature_extractor.pyramid is None: raise ValueError("this model was built with use_multiscale=False")
+    if return_mask and not self.has_mask: raise ValueError("this model was built with use_multiscale=False and mask_head=False")
     embedding, attention, mask = self.embed_frames(x)
     with torch.autocast(x.device.type, enabled=False):  # on a CPU, autocast would convert the GRU's weights anew at every time step
         temporal, _ = self.temporal(embedding.to(self.temporal.weight_ih_l0.dtype))
@@ -116,7 +126,7 @@ def freeze(self: TemporalCNN_GRU,
 # %% ../../nbs/2_model/20_network.ipynb #8bc4c01e
 @patch
 def unfreeze(self: TemporalCNN_GRU):
-    "Let the whole backbone train, batch-norm statistics included."
+    "Let the whole backbone train, batch-norm statistics included unless they are fixed."
     for module in self._frozen: module.requires_grad_(True)
     self._frozen = []
     self.train(self.training)
@@ -124,7 +134,14 @@ def unfreeze(self: TemporalCNN_GRU):
 # %% ../../nbs/2_model/20_network.ipynb #e185649e
 @patch
 def train(self: TemporalCNN_GRU, mode: bool = True) -> TemporalCNN_GRU:
-    "As `nn.Module.train`, but frozen blocks stay in eval mode."
+    "As `nn.Module.train`, but frozen blocks and fixed batch-norms stay in eval mode."
     nn.Module.train(self, mode)
-    for module in self._frozen: nn.Module.train(module, False)
+    for module in (*self._frozen, *self._fixed_norms): nn.Module.train(module, False)
     return self
+
+# %% ../../nbs/2_model/20_network.ipynb #82ad528d
+@patch
+def fix_statistics(self: TemporalCNN_GRU):
+    "Let the backbone's batch-norms keep the means and variances that they have."
+    self._fixed_norms = [m for m in self.feature_extractor.net.modules() if isinstance(m, nn.BatchNorm2d)]
+    self.train(self.training)

@@ -24,6 +24,7 @@ from ..data.store import ClipStore
 from ..metrics.threshold import choose_threshold, mean_f1
 from ..model.checkpoint import save_model
 from ..model.logits import clip_logits, p_fake
+from ..model.start_weights import start_record
 from ..runtime import machine, progress, resolve_workers
 from .losses import mask_loss
 from .resume import fingerprint, load_state, note_epoch, note_machine, save_state
@@ -34,7 +35,7 @@ def batch_loss(
     model: nn.Module,
     batch: dict,            # of `ClipDataset`
     loss_fn: nn.Module,     # of logits and labels
-    mask_weight: float = 0, # of the mask loss; the model needs a pyramid unless 0
+    mask_weight: float = 0, # of the mask loss; the model needs a mask head unless 0
 ) -> torch.Tensor:  # a scalar
     "Classification loss of a batch, plus the weighted mask loss."
     if not mask_weight: return loss_fn(model(batch["clip"]), batch["label"])
@@ -85,12 +86,11 @@ def validate(session: Session) -> tuple[np.ndarray, np.ndarray]:  # logits (N, 2
 # %% ../../nbs/5_train/40_loop.ipynb #3792ac26
 def run_epoch(session: Session, epoch: int) -> dict[str, float]:  # a row of the history
     "Train for one epoch and score the validation clips."
-    recipe, rate = session.params.train, session.optimizer.param_groups[0]["lr"]
-    if epoch == recipe.unfreeze_epoch: session.bare.unfreeze()
+    recipe, rate = session.params.recipe(session.key), session.optimizer.param_groups[0]["lr"]
+    if epoch >= recipe.unfreeze_epoch: session.bare.unfreeze()   # not only in that epoch: a resumed training starts in a later one
     session.loader.set_epoch(epoch)
-    mask_weight = recipe.mask_loss if session.params.models[session.key].use_multiscale else 0
     loss = train_epoch(session.accelerator, session.model, session.loader, session.loss_fn, session.optimizer, session.scheduler,
-                       recipe.clip_norm, mask_weight, f"{session.key}, epoch {epoch + 1}")
+                       recipe.clip_norm, recipe.mask_loss, f"{session.key}, epoch {epoch + 1}")
     return dict(epoch=epoch, train_loss=loss, **validation_metrics(*validate(session), session.loss_fn), learning_rate=rate)
 
 # %% ../../nbs/5_train/40_loop.ipynb #75b90eea
@@ -122,16 +122,17 @@ def train(
     if key not in params.models: raise KeyError(f"no model {key!r} in params.yaml: choose one of {', '.join(params.models)}")
     check_splits(store.clips)
     session, folder, out = start_session(params, key, store), Path(resume)/key, Path(out)
-    notes = dict(arm=key, settings=params.models[key].model_dump(), faces=params.faces.model_dump(),
-                 frames=params.clips.eval_frames, seed=params.seed)   # `arm` is what files call the key of a model
+    spec, recipe = params.models[key], params.recipe(key)
+    notes = dict(arm=key, settings=spec.model_dump(exclude_none=True), faces=params.faces.model_dump(), frames=params.clips.eval_frames,
+                 seed=params.seed, init=start_record(recipe.init, spec.backbone))   # `arm` is what files call the key of a model
     now = load_state(folder, fingerprint(params, key, store), session.accelerator)
     note_machine(now, machine(params.train.precision, params.threads))
     from dvclive import Live   # not at the top, because it brings DVC, and an epoch needs neither
     with Live(str(live), dvcyaml=None, save_dvc_exp=False, monitor_system=False) as log:
         for row in now.history: log_epoch(log, row)
-        while len(now.history) < params.models[key].epochs and now.waited < params.train.patience:
+        while len(now.history) < spec.epochs and now.waited < recipe.patience:
             row = run_epoch(session, len(now.history))
-            if note_epoch(now, row, params.train.min_improvement):
+            if note_epoch(now, row, recipe.min_improvement):
                 save_model(session.bare, folder/"weights.safetensors", epoch=row["epoch"], **notes)
             save_state(folder, now, session.accelerator)
             log_epoch(log, row)

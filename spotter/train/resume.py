@@ -18,13 +18,15 @@ from accelerate import Accelerator
 
 from ..core import Params
 from ..data.store import ClipStore
+from ..model.start_weights import start_record
 from ..runtime import reached_files
 
 # %% ../../nbs/5_train/30_resume.ipynb #a220b5da
 def fingerprint(params: Params, key: str, store: ClipStore) -> str:
-    "Hash of all that decides the course of a training: settings, table of clips, source code."
-    parts = dict(clips=params.clips, train=params.train, model=params.models[key])
-    settings = {name: part.model_dump(exclude={"workers"}) for name, part in parts.items()}
+    "Hash of all that decides the course of a training: settings, weights to start from, table of clips, source code."
+    spec, recipe = params.models[key], params.recipe(key)
+    settings = {k: v.model_dump(exclude={"workers", "train"}) for k, v in dict(clips=params.clips, train=recipe, model=spec).items()}
+    settings["init"] = start_record(recipe.init, spec.backbone)
     sources = [p.read_text() for p in reached_files("from spotter.train.loop import train")]
     return hashlib.sha256(json.dumps([params.seed, params.threads, settings, store.clips.to_csv(), sources]).encode()).hexdigest()
 

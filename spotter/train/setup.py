@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 
 from ..core import Params
 from ..data.loader import ClipDataset
-from ..data.sampling import BalancedSampler
+from ..data.sampling import BalancedSampler, EpochBatches
 from ..data.store import ClipStore
 from ..model.network import TemporalCNN_GRU
+from ..model.start_weights import load_start
 from ..runtime import default_device, resolve_precision, resolve_workers, seed_everything
 from .losses import FocalLoss
-from .schedule import make_optimizer, side_at
+from .schedule import clips_at, frames_at, make_optimizer, side_at
 
 # %% ../../nbs/5_train/20_setup.ipynb #cbc348e2
 def depthwise_in_fp32(model: nn.Module):
@@ -49,6 +50,7 @@ def whiten_stem(
     stem = model.feature_extractor.net.conv_stem
     patches = F.unfold(frames, stem.kernel_size, stride=stem.stride).transpose(0, 1).flatten(1)
     components = torch.linalg.eigh(torch.cov(patches.double()))[1].T.flip(0)[:stem.out_channels]
+    components *= (components @ torch.arange(components.shape[1], device=components.device).double().square().cos()).sign()[:, None]
     stem.weight[:len(components)] = components.view(-1, *stem.weight.shape[1:]).to(stem.weight)
 
 # %% ../../nbs/5_train/20_setup.ipynb #ed6a5878
@@ -58,26 +60,31 @@ def first_frames(data: ClipDataset, count: int = 64) -> torch.Tensor:  # (≤ co
 
 # %% ../../nbs/5_train/20_setup.ipynb #daba28f4
 def make_model(params: Params, key: str) -> TemporalCNN_GRU:
-    "The network of a model, with its input size, frozen as the recipe says."
-    recipe, spec = params.train, params.models[key]
-    model = TemporalCNN_GRU(freeze_backbone=recipe.unfreeze_epoch > 0, backbone=spec.backbone, use_multiscale=spec.use_multiscale,
-                            use_attention=spec.use_attention, pretrained=recipe.pretrained)
-    if recipe.unfreeze_epoch > 0: model.freeze(recipe.trainable_blocks)
+    "The network of a model, with the weights that it starts from, frozen as the recipe says. Raises as `load_start` does."
+    recipe, spec = params.recipe(key), params.models[key]
+    frozen = recipe.unfreeze_epoch > 0
+    model = TemporalCNN_GRU(freeze_backbone=frozen and recipe.init == "random", backbone=spec.backbone,   # which warns
+                            use_multiscale=spec.use_multiscale, use_attention=spec.use_attention, mask_head=recipe.mask_loss > 0)
+    load_start(model, recipe.init)
+    if frozen: model.freeze(recipe.trainable_blocks)
+    if recipe.batch_norm == "fixed": model.fix_statistics()
     model.image_size = spec.image_size
     return model
 
 # %% ../../nbs/5_train/20_setup.ipynb #f4ebc858
 def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     "Augmented training clips, as many real as fake."
-    spec, clips = params.models[key], store.clips.query("split == 'train'")
-    growth = partial(side_at, final=spec.image_size, start=params.train.start_size, grow_epochs=params.train.grow_epochs)
-    data = ClipDataset(store, clips, params.clips.frames, spec.image_size, params.train.augment, params.seed, growth)
-    length = spec.steps_per_epoch * spec.batch_size or len(clips)
-    sampler = BalancedSampler(clips.label, clips.method, params.seed, length=length)
-    workers = resolve_workers(params.train.workers, params.threads)
-    own = torch.Generator().manual_seed(params.seed)   # from the global one, a loader would draw as often as it starts processes
-    return DataLoader(data, spec.batch_size, sampler=sampler, num_workers=workers, drop_last=True,
-                      persistent_workers=workers > 0, generator=own)
+    spec, recipe, clips = params.models[key], params.recipe(key), store.clips.query("split == 'train'")
+    sequences = dict(clips=params.clips, first=spec.epochs - recipe.sequence_epochs)
+    growth = partial(side_at, final=spec.image_size, start=recipe.start_size, grow_epochs=recipe.grow_epochs)
+    data = ClipDataset(store, clips, params.clips.frames, spec.image_size, recipe.augment, params.seed, growth,
+                       partial(frames_at, **sequences))
+    batches = EpochBatches(BalancedSampler(clips.label, clips.method, params.seed), spec.steps_per_epoch or max(1, len(clips)//spec.batch_size),
+                           partial(clips_at, batch_size=spec.batch_size, **sequences))
+    # a generator of its own: living workers draw from it once, and a resumed training would draw from the global one again
+    workers = resolve_workers(recipe.workers, params.threads)
+    return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
+                      generator=torch.Generator().manual_seed(params.seed))
 
 # %% ../../nbs/5_train/20_setup.ipynb #14202370
 @dataclass
@@ -99,11 +106,12 @@ def start_session(params: Params, key: str, store: ClipStore) -> Session:
     "Seed everything and prepare network, loader and optimiser of a model."
     seed_everything(params.seed, params.threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may train several models in one process
-    spec, mixed = params.models[key], "bf16" if resolve_precision(params.train.precision, default_device()) == "bf16" else "no"
+    spec, recipe = params.models[key], params.recipe(key)
+    mixed = "bf16" if resolve_precision(recipe.precision, default_device()) == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=mixed, gradient_accumulation_steps=spec.accumulation)
     bare, loader = make_model(params, key), make_loader(params, key, store)
-    if not params.train.pretrained: whiten_stem(bare, first_frames(loader.dataset))
+    if recipe.init == "random": whiten_stem(bare, first_frames(loader.dataset))
     if accelerator.device.type == "cpu": depthwise_in_fp32(bare)
-    optimizer, scheduler = make_optimizer(bare, params.train, spec.learning_rate, math.ceil(len(loader) / spec.accumulation))
+    optimizer, scheduler = make_optimizer(bare, recipe, spec.learning_rate, math.ceil(len(loader) / spec.accumulation))
     model, loader, optimizer, scheduler = accelerator.prepare(bare, loader, optimizer, scheduler)
-    return Session(params, key, store, accelerator, bare, model, loader, optimizer, scheduler, FocalLoss(params.train.focal_gamma))
+    return Session(params, key, store, accelerator, bare, model, loader, optimizer, scheduler, FocalLoss(recipe.focal_gamma))
