@@ -6,7 +6,7 @@ export PYTHONWARNINGS = ignore
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 .DEFAULT_GOAL := help
-.PHONY: help repro results readme test test-all lab bench reference clean environment data
+.PHONY: help repro verify results readme test test-all lab bench reference clean environment data
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,8 +20,12 @@ environment: $(filter .uv/%,$(UV))
 data: environment
 	@$(RUN) dvc pull --quiet data.dvc
 
-repro: data  ## train, evaluate and compare all models; reruns only what changed
+repro: data  ## train, evaluate and compare all models, and say whether that reproduces the committed metrics; reruns only what changed
 	$(RUN) dvc repro
+	@$(RUN) spotter verify --no-fail
+
+verify: environment  ## the verdict of repro alone; exit status 0 only if the committed metrics are reproduced
+	@$(RUN) spotter verify
 
 results: data  ## after repro: several seeds per model, unseen methods, a learning curve, an ablation, computational costs; fifteen more trainings, resumable
 	$(RUN) dvc repro --quiet prepare results/dvc.yaml:prepare

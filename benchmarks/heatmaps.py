@@ -14,7 +14,7 @@ from torch import nn
 
 from spotter.core import load_params
 from spotter.explain.gradcam import MultiScaleGradCAM
-from spotter.runtime import autocast, resolve_precision
+from spotter.runtime import autocast, resolve_precision, resolve_threads
 from spotter.train.setup import make_model
 
 
@@ -44,7 +44,7 @@ def theirs(model, clip):
 def measure(key: str, frames: int, rounds: int):
     "Print the two ratios from `rounds` rounds."
     params = load_params()
-    torch.set_num_threads(params.threads)
+    torch.set_num_threads(resolve_threads(params.threads))
     precision, spec = resolve_precision(params.train.precision), params.models[key]
     model = make_model(params, key).eval()
     clip = torch.randn(1, frames, 3, spec.image_size, spec.image_size)

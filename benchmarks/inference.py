@@ -28,7 +28,7 @@ from spotter.model.network import TemporalCNN_GRU, pool_over_time
 from spotter.model.pyramid import create_backbone
 from spotter.predict.detector import Detector
 from spotter.predict.windows import FRAMES
-from spotter.runtime import autocast, resolve_precision
+from spotter.runtime import autocast, resolve_precision, resolve_threads
 from spotter.train.setup import make_model
 
 
@@ -68,7 +68,7 @@ def with_heatmaps(model, clip, precision):
 
 def measure(key: str, rounds: int, folder: Path):
     "Print the ratios of one model."
-    params = load_params(); torch.set_num_threads(params.threads)
+    params = load_params(); torch.set_num_threads(resolve_threads(params.threads))
     precision, spec = resolve_precision(params.train.precision), params.models[key]
     model, plain = make_model(params, key).eval(), PlainNetwork(make_model(params, key)).eval()
     bare = create_backbone(spec.backbone).eval().to(memory_format=torch.channels_last)
@@ -77,7 +77,7 @@ def measure(key: str, rounds: int, folder: Path):
     save_model(model, folder/"random.safetensors", faces=params.faces.model_dump(), frames=params.clips.eval_frames)
     detector, video = Detector(folder/"random.safetensors", precision=precision), long_video(folder/"video.mp4")
     looked = {True: [], False: []}   # with heatmaps or without -> analyses
-    options = onnxruntime.SessionOptions(); options.intra_op_num_threads = params.threads
+    options = onnxruntime.SessionOptions(); options.intra_op_num_threads = torch.get_num_threads()
     export_onnx(model, folder/"random.onnx")
     session = onnxruntime.InferenceSession(folder/"random.onnx", options, providers=["CPUExecutionProvider"])
     sides = {"bare": (forward, bare, ready, precision), "model": (forward, model, clip, precision),

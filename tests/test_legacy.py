@@ -95,7 +95,7 @@ def test_old_networks_give_their_logits_again(kind, wrapped, tmp_path):
     with torch.no_grad(): torch.testing.assert_close(ours(clip), logits, rtol=0, atol=1e-4)
     assert logits.abs().max() > .01 and not ours.training
     assert (info.backbone, info.use_multiscale, info.use_attention, info.format) == (backbone, False, attention, OLD_FORMAT)
-    assert info.image_size == clip.shape[-1] and (ours.temperature, ours.threshold) == (1, .5)
+    assert info.image_size == clip.shape[-1] and (ours.temperature, ours.bias, ours.prevalence, ours.threshold) == (1, 0, .5, .5)
     fusion = [n for n in model.state_dict() if "fusion" in n]
     assert [n for n in info.ignored if "fusion" in n] == fusion and bool(info.ignored) and info.missing == []
     assert set(info.ignored) - set(fusion) <= {"backbone._fc.weight", "backbone._fc.bias"}

@@ -10,16 +10,20 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from spotter.evaluate.deletion import FILLS, deletion_curve
+from spotter.evaluate.deletion import (AREAS, ELSEWHERE, FILLS, deletion_metrics, elsewhere, from_neighbours, marked, pieces,
+                                       removal_order, trials)
 from spotter.evaluate.evidence import draw_evidence, overlay
 from spotter.evaluate.heatmaps import (above_threshold_on_real, best_median_worst, gains, localisation_summary, localisation_table,
                                        read_localisation, write_localisation)
 from spotter.evaluate.localisation_figures import draw_by_method, draw_localisation
-from spotter.evaluate.references import centre_maps, centre_prior, clip_masks, face_maps, mean_face, noise_maps, perfect_maps
+from spotter.evaluate.pooled import ALL, PixelPool, compared, pooled_scores
+from spotter.evaluate.references import (CHEATS, CONSTANT, ORACLE, Priors, centre_maps, centre_prior, clip_masks, mean_mask, noise_maps,
+                                         perfect_maps, reference_maps)
 from spotter.evaluate.tables import write_json
-from spotter.metrics.bootstrap import bootstrap_intervals, paired_differences
-from spotter.metrics.localisation import (SCORES, choose_iou_threshold, localisation_by_frame, localisation_metrics, on_common_grid,
+from spotter.metrics.bootstrap import bootstrap_intervals, paired_differences, significance
+from spotter.metrics.localisation import (GRID, SCORES, choose_iou_threshold, localisation_by_frame, localisation_metrics, on_common_grid,
                                           on_grid, pixel_ap, pointing_game, rank_scores, share_above_threshold, value_scores)
+from spotter.metrics.pooled import level_counts, pooled_ap, precision_over_levels, value_levels
 
 matplotlib.use("Agg")
 
@@ -43,7 +47,7 @@ def corpus(sources=("a", "b"), pairs=8, seed=0):
             clip = dict(clip_id=f"{m}/{t}_{s}", label=1, method=m, strength=("hard", "obvious")[k % 2], target_id=t, source_id=s)
             for i, name in enumerate(sources):
                 scores = {score: .5 + hard - .05*i + rng.normal(0, .03) for score in SCORES}
-                rows.append(dict(source=name, **clip) | scores | dict(lit=hard**2))
+                rows.append(dict(source=name, **clip) | scores | dict(above_threshold=hard**2))
     return pd.DataFrame(rows)
 
 
@@ -202,7 +206,7 @@ def test_references():
     masks = maps_and_masks(6)[1]
     on_masks = pixel_ap(centre_prior(56), on_common_grid(centre_maps(12), masks)[1].reshape(12, 56, 56))
     assert localisation_by_frame(centre_maps(12), masks).average_precision.tolist() == pytest.approx(on_masks)
-    assert mean_face(masks) == pytest.approx(on_grid(masks, (56, 56)).mean(0)) and face_maps(3, mean_face(masks)).shape == (3, 56, 56)
+    assert mean_mask(masks) == pytest.approx(on_grid(masks, (56, 56)).mean(0))
     noise = localisation_by_frame(noise_maps(12, 0), masks)
     assert noise.auroc.mean() == pytest.approx(.5, abs=.03) and noise.energy.mean() == pytest.approx(noise.mask_share.mean(), abs=.02)
     assert (noise_maps(2, [0, 1]) != noise_maps(2, [0, 2])).any() and (noise_maps(2, [0, 1]) == noise_maps(2, [0, 1])).all()
@@ -237,7 +241,8 @@ def test_table_is_the_bootstrap_of_spotter_metrics(column, group):
 def test_share_on_real_clips_is_the_same_bootstrap():
     scores = corpus()
     for source, found in above_threshold_on_real(scores, 100, 3).items():
-        expected = bootstrap_intervals(scores[scores.source == source], lambda rows: dict(lit=rows.lit.to_numpy().mean()), 100, 3)["lit"]
+        def mean(rows): return dict(above=rows.above_threshold.to_numpy().mean())
+        expected = bootstrap_intervals(scores[scores.source == source], mean, 100, 3)["above"]
         assert found == expected
     one_pair = above_threshold_on_real(scores[scores.target_id.isin(["002", "003"])], 10)["a"]
     assert math.isfinite(one_pair["value"]) and math.isnan(one_pair["lo"])
@@ -245,18 +250,20 @@ def test_share_on_real_clips_is_the_same_bootstrap():
 
 def test_scores_survive_the_disk(tmp_path):
     scores = corpus()
-    scores.loc[0, ["source_id", "strength"]], scores.loc[1, ["energy", "lit"]] = "", np.nan
+    scores.loc[0, ["source_id", "strength"]], scores.loc[1, ["energy", "above_threshold"]] = "", np.nan
     path = tmp_path/"models"/"b0"/"localisation.csv"
     write_localisation(scores, path)
     back = read_localisation(path)
     assert back.loc[0, ["target_id", "source_id", "strength"]].tolist() == ["000", "", ""]           # text stays text, empty or not
-    assert back.loc[1, ["energy", "lit"]].isna().all() and (back.dtypes[[*SCORES, "lit"]] == float).all()
+    assert back.loc[1, ["energy", "above_threshold"]].isna().all() and (back.dtypes[[*SCORES, "above_threshold"]] == float).all()
     assert back[list(SCORES)].to_numpy() == pytest.approx(scores[list(SCORES)].to_numpy(), abs=6e-7, nan_ok=True)
     first = path.read_bytes()
     write_localisation(back, path)
     assert path.read_bytes() == first
-    scores.drop(columns=["lit"]).to_csv(path, index=False)
-    with pytest.raises(ValueError, match="lacks the column.*lit"): read_localisation(path)
+    scores.rename(columns=dict(above_threshold="lit")).to_csv(path, index=False)
+    assert read_localisation(path).above_threshold.to_numpy() == pytest.approx(back.above_threshold.to_numpy(), abs=1e-6, nan_ok=True)
+    scores.drop(columns=["above_threshold"]).to_csv(path, index=False)
+    with pytest.raises(ValueError, match="lacks the column.*above_threshold"): read_localisation(path)
     with pytest.raises(FileNotFoundError, match="stage evaluate"): read_localisation(tmp_path/"none.csv")
 
 
@@ -311,24 +318,125 @@ def test_shown_clips_are_chosen_by_score():
         assert shown[shown.method == method].energy.tolist() == [ordered[0], ordered[len(ordered)//2], ordered[-1]]
 
 
-@pytest.mark.parametrize("fill", list(FILLS))
-@pytest.mark.parametrize("kind", ["array", "tensor"])
-def test_deletion_follows_the_map(fill, kind):
-    "A detector that counts untouched pixels of a sixteenth of the frame: the area is half of that if they go first, 1/2 in random order."
-    video = np.random.default_rng(0).random((2, 64, 64, 3)).astype(np.float32)
-    square = np.zeros((2, 64, 64), bool)
-    square[:, 8:24, 40:56] = True
-    frames = video if kind == "array" else torch.from_numpy(video).permute(0, 3, 1, 2)[None].contiguous()
-    def score(x):
-        assert type(x) is type(frames) and x.shape == frames.shape and x.dtype == frames.dtype
-        x = x if kind == "array" else x[0].permute(0, 2, 3, 1).numpy()
-        return (x == video).all(-1)[square].mean()
-    curve, area = deletion_curve(score, frames, square*1., steps=16, fill=fill)
-    assert curve.share.tolist() == [k/16 for k in range(17)] and curve.score.tolist() == pytest.approx([1] + [0]*16)
-    assert area == pytest.approx(1/32)
-    assert deletion_curve(score, frames, noise_maps(2, 0, 64), 16, fill)[1] == pytest.approx(.5, abs=.05)
-    assert deletion_curve(score, frames, np.zeros((2, 7, 7)), 16, fill)[1] == pytest.approx(.5, abs=.05)         # ties go in random order
-    assert (video == np.random.default_rng(0).random((2, 64, 64, 3)).astype(np.float32)).all()    # the input is unchanged
+# ---------------------------------------------------------------- pooled pixels
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_pooled_precision_against_scikit_learn(ties):
+    maps, masks = on_common_grid(*maps_and_masks(7, frames=30, ties=ties))
+    masks[::3] = False                                                                               # originals
+    assert pooled_ap(maps, masks) == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-12)
+    levels = value_levels(maps)
+    for rows in (slice(None), slice(0, 9), slice(5, 20)):
+        binned = precision_over_levels(*level_counts(maps[rows], masks[rows], levels))
+        assert binned == pytest.approx(pooled_ap(maps[rows], masks[rows]), abs=1e-3)
+    assert math.isnan(pooled_ap(maps[::3], masks[::3]))
+
+
+def test_pooled_precision_by_hand():
+    "The fake alone: hits at ranks 1 and 3. Two pixels of an original between them put the second hit at rank 5; its tie there at rank 6."
+    fake, hit = [.9, .8, .7, .1], [1, 0, 1, 0]
+    assert pooled_ap(fake, np.array(hit, bool)) == pytest.approx((1 + 2/3)/2)
+    assert pooled_ap([*fake, .75, .85], np.array([*hit, 0, 0], bool)) == pytest.approx((1 + 2/5)/2)
+    assert pooled_ap([*fake, .75, .85, .7], np.array([*hit, 0, 0, 0], bool)) == pytest.approx((1 + 2/6)/2)
+
+
+def pool_of(sources, pairs=6, seed=0):
+    "A pool of pairs, each with a fake and an original; a source is a function of masks, label and generator."
+    rng, pool = np.random.default_rng(seed), PixelPool()
+    for k, label in itertools.product(range(pairs), (1, 0)):
+        masks = maps_and_masks([seed, k], frames=2)[1]*bool(label)
+        clip = dict(clip_id=f"{label}/{k}", label=label, extent=("part of the face", "whole face")[k % 2]*label)
+        pool.add(clip | dict(target_id=f"{2*k:03}", source_id=f"{2*k + 1:03}"*label),
+                 {name: make(masks, label, rng) for name, make in sources.items()}, masks)
+    return pool
+
+
+def test_a_map_that_lights_up_on_everybody_loses_where_originals_count():
+    glow = lambda masks: np.broadcast_to(centre_prior(56), (len(masks), 56, 56))
+    sources = dict(shown=lambda m, label, rng: on_grid(m, (28, 28))*.9 + .2*rng.random((2, 28, 28)),
+                   blind=lambda m, label, rng: glow(m), cheat=lambda m, label, rng: glow(m)*(.9 if label else .1))
+    pooled = pooled_scores(pool_of(sources), 100, 0)
+    assert list(pooled) == [ALL, "part of the face", "whole face"] and [g["clips"] for g in pooled.values()] == [12, 9, 9]
+    scores = {name: d["value"] for name, d in pooled[ALL]["scores"].items()}
+    assert scores["shown"] > .9 > scores["cheat"] > scores["blind"]
+    for name, d in pooled[ALL]["differences"].items():
+        assert d["value"] == pytest.approx(scores["shown"] - scores[name]) and d["significance"] == significance(d) == "higher"
+    assert compared(pooled[ALL]["differences"]).startswith("significantly higher than blind (+")
+
+
+def test_pooled_intervals_are_the_bootstrap_of_spotter_metrics():
+    pool = pool_of(dict(shown=lambda m, label, rng: on_grid(m, (14, 14)) + rng.random((2, 14, 14))*(1 + label)))
+    def slow(rows): return dict(ap=pooled_ap(*(np.concatenate([part[k] for k in rows.k]) for part in (pool.maps["shown"], pool.masks))))
+    expected = bootstrap_intervals(pd.DataFrame(pool.clips).assign(k=range(12)), slow, 50, 3)["ap"]
+    assert pooled_scores(pool, 50, 3)[ALL]["scores"]["shown"] == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(ValueError, match="maps of other, the clips before it of shown"):
+        pool.add(pool.clips[0], dict(other=np.ones((2, 7, 7))), np.zeros((2, 56, 56), bool))
+
+
+def test_a_picture_times_the_verdict_changes_between_clips_only():
+    square, whole = np.eye(4), np.ones((4, 4))
+    priors = Priors({"mean mask": square, "face oval": whole, "centre": centre_prior(4)}, dict(FaceSwap=whole/2))
+    found = {label: reference_maps(dict(label=label, method="FaceSwap" if label else "real"), priors, .25, 3, 0) for label in (0, 1)}
+    for plain, cheat in zip(CONSTANT, CHEATS): assert found[1][cheat] == pytest.approx(found[1][plain]/4)
+    assert (found[1][ORACLE] == .5).all() and (found[0][ORACLE] == 0).all() and found[1]["mean mask"].shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("nudge", [1e-7, -1e-7])
+def test_scores_do_not_hang_on_the_last_bit(nudge):
+    "Cells that are covered by half, and highest cells that tie, in maps with other last bits."
+    masks = np.zeros((1, 224, 224), bool)
+    masks[:, :, 50:146] = True                                            # both edges run through cells of 4 pixels
+    flat = np.zeros((1, 7, 7)); flat[0, 3, [2, 6]] = .5                                              # one inside, one outside
+    other = flat*(1 + nudge*np.arange(7))
+    assert pointing_game(flat, masks).tolist() == pointing_game(other, masks).tolist() == [.5]
+    cells = on_common_grid(flat, masks)[1].reshape(GRID, GRID)[0]
+    assert cells.sum() == 25                                              # columns 12 to 36, the first and the last by half
+    assert (on_grid(masks, (GRID, GRID))[0, 0] + nudge >= .5 - 1e-6).sum() == 25
+
+
+# ---------------------------------------------------------------- deletion and insertion
+
+def test_areas_follow_the_map_and_have_their_size():
+    heat = centre_maps(1, 28)[0]
+    order = removal_order(heat, (112, 112))
+    assert sorted(order.ravel()) == list(range(112**2))
+    for area in AREAS:
+        own = marked(order, area)
+        other = elsewhere(own, np.random.default_rng(1))
+        assert own.sum() == other.sum() == round(area*112**2) and pieces(own) == 1 and own[56, 56]
+        assert abs(pieces(other) - 1) <= 1 and (other != own).any()
+    flat = marked(removal_order(np.zeros((7, 7)), (112, 112)), .5)                                    # ties go in random order
+    assert flat[:56].mean() == pytest.approx(.5, abs=.05) == flat[:, :56].mean()
+
+
+def test_neighbours_fill_a_hole_with_what_is_around_it():
+    frame = np.zeros((64, 64, 3), np.float32); frame[:, 32:] = 1
+    hole = np.zeros((64, 64), bool); hole[20:40, 4:24] = True; hole[20:40, 40:60] = True
+    found = from_neighbours(frame, hole)
+    assert found[hole][:, 0].min() >= 0 and found[30, 10].max() < .1 and found[30, 54].min() > .9
+    assert (found[~hole] == frame[~hole]).all()
+    alone = ~np.zeros((64, 64), bool); alone[0, 0] = False
+    assert from_neighbours(frame + .5, alone) == pytest.approx(np.full((64, 64, 3), .5), abs=1e-6)    # one pixel is left, and fills all
+
+
+def test_deletion_rewards_the_map_that_the_verdict_rests_on():
+    "A detector that looks at a square: taking it away, or keeping it alone, tells the right map from areas elsewhere and a wrong map."
+    rng = np.random.default_rng(0)
+    square = np.zeros((32, 32), bool); square[4:12, 4:12] = True                                      # a sixteenth of the frame
+    rows = []
+    for k in range(8):
+        frame = rng.random((32, 32, 3)).astype(np.float32)
+        def p_fake(x): return float((np.abs(x - frame).max(-1)[square] < 1e-6).mean())
+        for told, picture in trials(frame, dict(shown=square*1., wrong=1. - square), [0, k]):
+            clip = dict(clip_id=f"fake/{k}", target_id=f"{k:03}", source_id="", p_whole=1.)
+            rows.append(clip | told | dict(p_fake=p_fake(picture)))
+    found = deletion_metrics(pd.DataFrame(rows), 100, 0)
+    for kind, fill in itertools.product(("deletion", "insertion"), (*FILLS, "all fills")):
+        right, wrong = (found["advantage"][kind][name][fill] for name in ("shown", "wrong"))
+        assert right["significance"] == "higher" and wrong["significance"] == "lower", (kind, fill)
+    deleted = found["curves"]["deletion"]["noise"]["shown"]
+    assert found["whole"]["value"] == 1 and deleted["0.1"]["value"] == 0 and 0 < deleted["0.05"]["value"] < .5
+    assert {ELSEWHERE + "shown", ELSEWHERE + "wrong"} <= set(found["curves"]["insertion"]["mean"])
 
 
 def test_figures_draw_what_they_are_given():

@@ -5,20 +5,24 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import softmax
+import torch
+from scipy.special import expit, softmax
 from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (accuracy_score, average_precision_score, balanced_accuracy_score, brier_score_loss, f1_score, recall_score,
                              roc_auc_score, roc_curve)
 
 from spotter.evaluate.seeds import over_seeds
-from spotter.evaluate.tables import (PREDICTION_COLUMNS, STORED_WORDS, coverage, metrics_by_group, model_metrics, overall_metrics,
-                                     prediction_table, read_predictions, recall_and_auc, write_json, write_predictions)
+from spotter.evaluate.tables import (PREDICTION_COLUMNS, STORED_WORDS, at_own_prevalence, coverage, metrics_by_group, model_metrics,
+                                     overall_metrics, prediction_table, read_predictions, recall_and_auc, write_json, write_predictions)
 from spotter.metrics.bootstrap import (bootstrap_intervals, bootstrap_rows, identity_units, interval, paired_differences, resampled_rows,
                                        significance)
-from spotter.metrics.calibration import CALIBRATION_BINS, TEMPERATURE_BOUNDS, calibration_table, fit_temperature
+from spotter.metrics.calibration import (CALIBRATION_BINS, TEMPERATURE_BOUNDS, calibration_error, calibration_table, fit_platt,
+                                         platt_targets, prior_shift)
 from spotter.metrics.classification import auc, classification_metrics, ranking_metrics
 from spotter.metrics.threshold import choose_threshold, mean_f1
+from spotter.model.logits import p_fake
 
 
 def scores(seed, n=80, ties=False):
@@ -30,6 +34,7 @@ def scores(seed, n=80, ties=False):
 
 
 METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+FITTED = dict(threshold=.5, temperature=1., bias=0., prevalence=.8)   # 80 % of the clips of `predictions` are fake
 
 
 def predictions(skill=1.5, pairs=12, seed=0):
@@ -42,7 +47,7 @@ def predictions(skill=1.5, pairs=12, seed=0):
     clips = pd.DataFrame(rows, columns=["clip_id", "label", "method", "target_id", "source_id", "hardness"])
     clips = clips.assign(strength="", compression="c23")
     z = (2*clips.label - 1)*(skill/2 - .4*clips.hardness) + rng.normal(size=len(clips))
-    return prediction_table(clips, np.stack([-z, z], 1), 1., .5)
+    return prediction_table(clips, np.stack([-z, z], 1), 1., 0., .5)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -209,11 +214,12 @@ def test_undefined_intervals():
 def test_shuffled_rows_give_the_same_file(tmp_path):
     table = predictions()
     for name, rows in (("a", table), ("b", table.sample(frac=1, random_state=1))):
-        write_json(tmp_path/f"{name}.json", model_metrics(rows, table[:0], 1., .5, 30, 0))
+        write_json(tmp_path/f"{name}.json", model_metrics(rows, table[:0], FITTED, 30, 0))
     assert (tmp_path/"a.json").read_bytes() == (tmp_path/"b.json").read_bytes()
     stored = json.loads((tmp_path/"a.json").read_text())
     assert stored["n"] == {"clips": 120, "real": 24, "fake": 96, "units": 12}
     assert set(stored["auc"]) == {"value", "lo", "hi"} and stored["auc"]["lo"] < stored["auc"]["value"] < stored["auc"]["hi"]
+    assert {name: stored[name] for name in FITTED} == FITTED and stored["ece_at_50"]["lo"] < stored["ece_at_50"]["hi"]
 
 
 def test_a_model_does_not_differ_from_itself():
@@ -243,6 +249,9 @@ def test_words_of_significance():
     limits = ((.1, .2), (-.2, -.1), (-.1, .1), (0, .1), (math.nan, math.nan), (None, None))
     words = [significance(dict(value=0, lo=lo, hi=hi)) for lo, hi in limits]
     assert words == ["higher", "lower", "not significant", "not significant", "undefined", "undefined"]
+    for lo, hi in ((1e-16, .1), (-.1, -1e-16), (-1e-16, -1e-16)):                               # 0 but for the last bit
+        assert significance(dict(value=0, lo=lo, hi=hi)) == "not significant"
+    assert significance(dict(value=0, lo=1e-6, hi=.1)) == "higher"
     assert [STORED_WORDS.get(w, w) for w in words[1:3]] == ["lower", "cannot be told from noise"]
 
 
@@ -257,19 +266,98 @@ def test_seeds_are_averaged_on_the_same_resamples():
     assert (found["value"], found["spread"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
 
 
-@pytest.mark.parametrize("scale", [.5, 1., 4.])
-def test_temperature_recovers_a_known_scaling(scale):
+def pair(d):
+    "Logits whose difference is `d`."
+    return np.stack([-np.asarray(d)/2, np.asarray(d)/2], 1)
+
+
+@pytest.mark.parametrize("scale, shift", [(.5, 0.), (1., 2.), (4., -3.)])
+def test_platt_recovers_a_known_scaling_and_shift(scale, shift):
     rng = np.random.default_rng(0)
-    z = rng.normal(0, 1.5, (20000, 2))
-    y = (rng.random(len(z)) < softmax(z, axis=1)[:, 1]).astype(int)
-    assert fit_temperature(scale*z, y) == pytest.approx(scale, rel=.05)
+    d = rng.normal(1, 2, 20000)
+    y = (rng.random(len(d)) < expit(d)).astype(int)
+    temperature, bias = fit_platt(pair(scale*d + shift), y)
+    assert temperature == pytest.approx(scale, rel=.05) and bias == pytest.approx(-shift/scale, abs=.1)
+    assert expit((scale*d + shift)/temperature + bias).mean() == pytest.approx(y.mean(), abs=1e-3)   # the share of fakes is met
 
 
-def test_temperature_stays_within_its_bounds():
-    right = np.array([[1., -1.], [-1., 1.]])
-    assert fit_temperature(right, [0, 1]) == pytest.approx(TEMPERATURE_BOUNDS[0], rel=1e-3)
-    assert fit_temperature(right, [1, 0]) == pytest.approx(TEMPERATURE_BOUNDS[1], rel=1e-3)
-    with pytest.raises(ValueError, match="finite"): fit_temperature(right*math.nan, [0, 1])
+@pytest.mark.parametrize("seed", range(5))
+def test_platt_finds_the_minimum_of_a_weighted_logistic_regression(seed):
+    rng = np.random.default_rng(seed)
+    d = rng.normal(size=60)*rng.uniform(.5, 5) + rng.normal(0, 3)
+    y = rng.permutation([0, 1, *(rng.random(58) < expit(d[2:] - d.mean()))]).astype(int) if seed else (d > np.median(d)).astype(int)
+    t = platt_targets(y)
+    twice = dict(X=np.tile(d, 2)[:, None], y=np.repeat([1, 0], 60), sample_weight=np.concatenate([t, 1 - t]))
+    known = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(**twice)
+    slope, (temperature, bias) = known.coef_.item(), fit_platt(pair(d), y)
+    if .05 < slope < 5: assert (1/temperature, bias) == pytest.approx((slope, known.intercept_.item()), abs=1e-5)
+    else: assert temperature == TEMPERATURE_BOUNDS[slope < .05]
+    order = rng.permutation(60)
+    assert fit_platt(pair(d)[order], y[order]) == (temperature, bias)
+    assert fit_platt(pair(d).astype(np.float32), y) == pytest.approx((temperature, bias), abs=1e-5)
+
+
+def test_platt_stays_finite_and_within_its_bounds():
+    d = np.array([-2., -2., 2., 2.])
+    assert fit_platt(pair(d), [0, 0, 1, 1]) == (round(2/math.log(3), 6), 0.)             # no mistake: targets of 1/4 and 3/4
+    assert fit_platt(pair(d), [0, 0, 1, 1]) != fit_platt(pair(3*d), [0, 0, 1, 1])
+    assert fit_platt(pair(d*1e-3), [0, 0, 1, 1]) == (TEMPERATURE_BOUNDS[0], 0.)
+    for worse in (pair(-d), pair(0*d), pair(0*d + 1e4)):
+        temperature, bias = fit_platt(worse, [0, 0, 1, 1])
+        assert temperature == TEMPERATURE_BOUNDS[1] and math.isfinite(bias)
+        assert expit((worse[:, 1] - worse[:, 0])/temperature + bias).mean() == pytest.approx(.5, abs=1e-4)
+    with pytest.raises(ValueError, match="finite"): fit_platt(pair(d*math.nan), [0, 0, 1, 1])
+    with pytest.raises(ValueError, match="shape"): fit_platt(d, [0, 0, 1, 1])
+    with pytest.raises(ValueError, match="4 real and 0 fake clips"): fit_platt(pair(d), [0]*4)
+
+
+def test_probability_of_logits():
+    z = np.random.default_rng(0).normal(0, 4, (500, 2))
+    for temperature in (.2, 1., 7.):
+        old = softmax(z/temperature, axis=1)[:, 1]
+        np.testing.assert_array_equal(np.round(p_fake(z, temperature), 6), np.round(old, 6))
+        single = p_fake(torch.from_numpy(z).float(), temperature)
+        assert single.dtype == torch.float32 and np.abs(single.numpy() - old).max() < 2e-6
+    odds = lambda p: p/(1 - p)
+    np.testing.assert_allclose(odds(p_fake(z, 2., .7)), odds(p_fake(z, 2.))*math.exp(.7))
+    assert p_fake(z.reshape(5, 100, 2), 3., -1.).tolist() == p_fake(z, 3., -1.).reshape(5, 100).tolist()
+    assert p_fake([[0, 1000], [1000, 0]]).tolist() == [1., 0.]
+
+
+@pytest.mark.parametrize("held, at", [(.8, .5), (.5, .01), (1/3, .9)])
+def test_a_shift_is_what_bayes_says(held, at):
+    "Densities of a score among fakes and real clips, and the posterior at both prevalences."
+    x = np.linspace(-3, 3, 13)
+    fake, real = np.exp(-(x - 1)**2/2), np.exp(-(x + 1)**2/2)
+    posterior = lambda share: share*fake/(share*fake + (1 - share)*real)
+    np.testing.assert_allclose(prior_shift(posterior(held), held, at), posterior(at), rtol=1e-12)
+    assert (np.diff(prior_shift(np.arange(1001)/1000, held, at)) > 0).all()                  # the order stays
+    for share in (0, 1, math.nan):
+        with pytest.raises(ValueError, match="share of fakes"): prior_shift(.5, share, at)
+
+
+def test_calibration_error_at_a_prevalence():
+    "Calibrated at 80 % fakes: at one half, it is calibrated when moved and weighted. Weights and copies of clips do the same."
+    rng = np.random.default_rng(0)
+    y = (rng.random(40000) < .8).astype(int)
+    d = rng.normal(2*y - 1, 1)
+    p = expit(2*d + math.log(4))                                                              # the posterior of two normal densities
+    assert calibration_error(y, p) < .01 and calibration_error(y, prior_shift(p, .8, .5), .5) < .015
+    assert calibration_error(y, p, .5) > .1 < calibration_error(y, prior_shift(p, .8, .5))
+    few, q = np.array([1, 1, 1, 0]), np.array([.9, .7, .4, .35])
+    copies = np.concatenate([few, [0, 0]]), np.concatenate([q, [.35, .35]])
+    assert calibration_error(few, q, .5) == pytest.approx(calibration_error(*copies)) and math.isnan(calibration_error(few[:3], q[:3], .5))
+
+
+def test_metrics_are_at_the_prevalence_of_their_clips():
+    table = predictions()
+    moved = table.assign(p_fake=prior_shift(table.p_fake, .8, .3))   # what a validation split with 30 % fakes would give
+    verdicts = dict(prediction=(moved.p_fake >= .5).astype(int))
+    there = model_metrics(moved.assign(**verdicts), table[:0], FITTED | dict(prevalence=.3), 20, 0)
+    here = model_metrics(table, table[:0], FITTED, 20, 0)
+    for key in ("auc", "average_precision", "eer", "ece", "brier", "ece_at_50"):
+        assert list(there[key].values()) == pytest.approx(list(here[key].values()), abs=1e-9), key
+    assert at_own_prevalence(table, .8) is table and at_own_prevalence(table, None) is table
 
 
 def test_threshold_by_hand():
@@ -291,13 +379,13 @@ def test_no_threshold_beats_the_chosen_one(seed):
 def test_prediction_tables_survive_the_disk(tmp_path):
     clips = predictions().drop(columns=["p_fake", "prediction"])
     z = np.random.default_rng(0).normal(0, 3, (len(clips), 2))
-    table = prediction_table(clips, z, 1.7, .43123456789)
+    table = prediction_table(clips, z, 1.7, -.4, .43123456789)
     write_predictions(table, tmp_path/"predictions.csv")
     back = read_predictions(tmp_path/"predictions.csv")
     assert list(back) == PREDICTION_COLUMNS
     np.testing.assert_array_equal(back.p_fake, table.p_fake)
     np.testing.assert_array_equal(back.prediction, (back.p_fake >= .431235).astype(int))
-    np.testing.assert_allclose(back.set_index("clip_id").p_fake[clips.clip_id], softmax(z/1.7, axis=1)[:, 1], atol=5.1e-7)
+    np.testing.assert_allclose(back.set_index("clip_id").p_fake[clips.clip_id], expit((z[:, 1] - z[:, 0])/1.7 - .4), atol=5.1e-7)
     assert back.target_id.iloc[0] == "000" and back.source_id[back.label == 0].isna().all()
     outsider = pd.read_csv(tmp_path/"predictions.csv")
     assert roc_auc_score(outsider.label, outsider.p_fake) == pytest.approx(overall_metrics(back)["auc"])

@@ -15,6 +15,7 @@ import yaml
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 from spotter.data.corpora import index_dataset
+from spotter.evaluate.references import REFERENCES
 
 ROOT = Path(__file__).parents[1]
 PAIRS = dict(train=2, val=1, test=2)
@@ -88,7 +89,8 @@ def make_project(folder: Path, settings: dict, runs: dict, methods: set[str], bo
 
 def one_model(settings: dict) -> dict:
     "Settings with one model, under a name that stands nowhere else."
-    return settings | dict(models={"small": next(m for m in settings["models"].values() if m["use_multiscale"] and m["use_attention"])})
+    small = next(m for m in settings["models"].values() if m["use_multiscale"] and m["use_attention"])
+    return settings | dict(models={"small": small}, shipped="small")
 
 
 NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"))
@@ -118,7 +120,7 @@ def test_everything_of_a_model_is_in_its_folders(project):
     for key in project.models:
         names = [f"checkpoints/{key}/{name}.safetensors" for name in ("weights", "last", "best")]
         names += [f"metrics/models/{key}/{name}.csv" for name in ("predictions", "localisation", "roc", "calibration")]
-        names += [f"metrics/models/{key}/{name}" for name in ("metrics.json", "training/metrics.json")]
+        names += [f"metrics/models/{key}/{name}" for name in ("metrics.json", "training/metrics.json", "training/machine.json")]
         names += [f"reports/models/{key}/{name}" for name in ("train.ipynb", "calibrate.ipynb", "evaluate.ipynb", "heatmaps.jpg")]
         names += [f"reports/html/models/{key}/{name}.html" for name in ("train", "calibrate", "evaluate")]
         assert not (missing := [name for name in names if not (project/name).is_file()]), missing
@@ -127,7 +129,7 @@ def test_everything_of_a_model_is_in_its_folders(project):
 def test_the_corpus_and_the_comparison_are_reported(project):
     names = [f"metrics/{name}.csv" for name in ("comparison", "localisation", "excluded", "audit", "audit_clips", "baseline/predictions")]
     names += [f"metrics/{name}.json" for name in ("comparison", "audit", "baseline/metrics")]
-    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "compare")]
+    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "ship", "compare")]
     assert not (missing := [name for name in names if not (project/name).is_file()]), missing
     assert json.loads((project/"metrics"/"comparison.json").read_text())["arms"] == list(project.models)
 
@@ -148,10 +150,11 @@ def test_the_localisation_metrics_are_those_of_the_table(project):
             for score in SCORES:
                 assert found["maps"][source][score]["value"] == pytest.approx(rows[score].mean(), abs=2e-6), (source, score)
         for source, rows in table[table.label == 0].groupby("source"):
-            assert found["lit_on_real"][source]["value"] == pytest.approx(rows.lit.mean(), abs=2e-6), source
-        sources = {"fine", "mid", "semantic", "fused", "centre", "face", "noise", "random weights"}
-        assert sources <= set(table.source)
-        assert "mask head" in set(table.source)   # without a pyramid, too
+            assert found["above_threshold_on_real"][source]["value"] == pytest.approx(rows.above_threshold.mean(), abs=2e-6), source
+        assert {"shown", "fine", "mid", "semantic", "fused", *REFERENCES} <= set(table.source)
+        for group in found["pooled"].values(): assert set(group["scores"]) == set(table.source) == {"shown", *group["differences"]}
+        assert set(project.metrics(key)["deletion"]["advantage"]) == {"deletion", "insertion"}
+        assert "mask head" in set(table.source) # without a pyramid, too
 
 
 def test_only_the_test_split_is_scored(project):
@@ -181,6 +184,32 @@ def test_html_is_self_contained(project):
 def shown_plots(project) -> set[str]:
     "Files behind the plots of `dvc plots show`."
     return {name.split("::")[-1] for name in json.loads(project.run("dvc", "plots", "show", "--json"))["data"]}
+
+
+def test_a_clone_fetches_network_and_clips(project, tmp_path):
+    "Committed as the project is, with its remote inside, and cloned: a verdict needs one command, which leaves git clean."
+    source, clone = Project(tmp_path/"source", project.models), Project(tmp_path/"clone", project.models)
+    for name in ("spotter", "nbs", "results"): shutil.copytree(project/name, source/name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore"): shutil.copy(project/name, source/name)
+    for name in (".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        (source/name).parent.mkdir(exist_ok=True); shutil.copy(ROOT/name, source/name)
+    shutil.copytree(project/"data", source/"data")
+    source.run("git", "init", "--quiet")
+    source.run("dvc", "add", "data"); source.run("dvc", "push", "data.dvc")
+    (project/".dvc"/"config.local").write_text(f"[core]\n remote = source\n['remote \"source\"']\n url = {source/'.dvcstore'}\n")
+    project.run("dvc", "push", "checkpoints/shipped.safetensors")
+    source.run("git", "add", "--all")
+    source.run("git", "-c", "user.name=a", "-c", "user.email=a@b.invalid", "commit", "--quiet", "--message", "A project")
+    source.run("git", "clone", "--quiet", str(source.folder), str(clone.folder))
+    assert not any((clone/name).exists() for name in ("data", "checkpoints"))
+
+    row = project.table(f"models/{project.settings()['shipped']}/predictions").iloc[-1]
+    clips = index_dataset(project/"data", compression="c23").set_index("clip_id").path
+    said = clone.run("spotter", "predict", f"data/{clips[row.clip_id]}", "--csv", "out.csv")
+    assert all(word in said for word in ("fetching data (", "fetching checkpoints/shipped.safetensors (", "judging with ")), said
+    assert pd.read_csv(clone/"out.csv").p_fake[0] == pytest.approx(row.p_fake, abs=.02)   # rounded weights, and bfloat16 where there is
+    assert len(list((clone/"data").rglob("*.mp4"))) == len(list((project/"data").rglob("*.mp4")))
+    assert clone.run("git", "status", "--porcelain").split() == ["??", "out.csv"]
 
 
 @all_models
@@ -274,7 +303,7 @@ def test_a_fourth_model_in_params_alone_appears_everywhere(project):
     found = json.loads((project/"metrics"/"comparison.json").read_text())
     assert found["arms"] == [*others, "fourth"] and f"fourth - {others[0]}" in found["differences"]
     assert {"fourth", f"fourth - {others[-1]}"} <= set(pd.read_csv(project/"metrics"/"comparison.csv").name)
-    assert "fourth: fused" in set(pd.read_csv(project/"metrics"/"localisation.csv").source)
+    assert {"fourth: shown", "fourth: fused"} <= set(pd.read_csv(project/"metrics"/"localisation.csv").source)
     assert (project/"reports"/"html"/"models"/"fourth"/"evaluate.html").is_file()
     plots = shown_plots(project)
     for key in (*others, "fourth"):

@@ -258,6 +258,20 @@ def test_one_bad_file_never_stops_the_batch(detector, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path/"out").iterdir()] == ["c.mp4"]
 
 
+def test_a_bias_moves_every_probability(detector, tmp_path, monkeypatch):
+    "A bias of log 9 multiplies all odds by nine; what a probability depends on stands in the record."
+    before = detector.analyze(CLIP, heatmaps=False)
+    for name, value in dict(bias=float(np.log(9)), prevalence=.25).items(): monkeypatch.setattr(detector.model, name, value)
+    save_model(detector.model, tmp_path/"biased.safetensors", frames=4)
+    biased = Detector(tmp_path/"biased.safetensors")
+    said = json.loads(json.dumps(biased.settings))
+    assert [said[k] for k in ("temperature", "bias", "prevalence", "threshold")] == [1, np.log(9), .25, .5]
+    for heatmaps in (False, True):
+        found = biased.analyze(CLIP, heatmaps)
+        for p, q in ((before.p_fake, found.p_fake), (before.people[0].scores, found.people[0].scores)):
+            np.testing.assert_allclose(q/(1 - q), 9*p/(1 - p), rtol=2e-3)
+
+
 def test_threads_may_share_a_detector(detector):
     alone = detector.analyze(CLIP)
     with ThreadPoolExecutor(4) as pool: found = list(pool.map(detector.analyze, [CLIP]*4))

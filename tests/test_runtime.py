@@ -1,4 +1,5 @@
 "What everything else stands on: settings, worker processes, the files that a piece of code depends on."
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spotter.core import find_root, load_params
-from spotter.runtime import in_processes, reached_files
+from spotter.runtime import in_processes, reached_files, resolve_threads, resolve_workers
 
 ROOT = find_root(Path(__file__).parent)
 
@@ -40,3 +41,27 @@ def double(x): return 2*x
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_results_keep_the_order_of_the_items(workers): assert list(in_processes(double, range(5), workers)) == [0, 2, 4, 6, 8]
+
+
+def test_a_fixed_number_of_threads_stays(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert resolve_threads(7) == 7 and resolve_threads("auto") == 1 and resolve_workers(3, "auto") == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
+def test_automatic_threads_are_the_cores_that_a_process_may_use():
+    "Of a machine with more cores a process with a mask gets those in the mask, and with one core no process loads clips."
+    code = ("import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+            "import torch; from spotter.runtime import *\n"
+            "seed_everything(0, 'auto'); print(resolve_threads(), torch.get_num_threads(), resolve_workers('auto', 'auto', 'cpu'))")
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.stdout.split() == ["1", "1", "0"], done.stderr
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("threads: auto", "threads: 0", "threads: should be auto or a whole number from 1 on, got 0"),
+    ("workers: auto", "workers: many", "train.workers: should be auto or a whole number from 0 on, got 'many'")])
+def test_other_numbers_of_threads_and_loader_processes_are_refused(tmp_path, old, new, said):
+    (tmp_path/"params.yaml").write_text((ROOT/"params.yaml").read_text().replace(old, new))
+    with pytest.raises(ValueError, match=said): load_params(tmp_path/"params.yaml")

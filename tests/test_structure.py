@@ -201,7 +201,7 @@ def code_lines(path: Path) -> list[str]:
 
 
 def test_lines_of_code_end_before_140_characters():
-    paths = [p for pattern in ("nbs/**/*.ipynb", "tests/*.py", "benchmarks/*.py") for p in sorted(ROOT.glob(pattern))]
+    paths = [p for pattern in ("nbs/**/*.ipynb", "tests/*.py", "benchmarks/**/*.py") for p in sorted(ROOT.glob(pattern))]
     paths = [p for p in paths if ".ipynb_checkpoints" not in p.parts]
     long = [(p.relative_to(ROOT), len(line), line.strip()[:60]) for p in paths for line in code_lines(p) if len(line) >= 140]
     assert not long, "\n".join(f"{path}: {length} characters: {start} …" for path, length, start in long)

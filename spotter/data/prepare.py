@@ -18,7 +18,7 @@ from ..core import Params, find_root
 from .corpora import COLUMNS, index_dataset
 from .faces import DETECTORS, make_detector, prepare_clip
 from .store import ClipStore
-from ..runtime import in_processes, progress
+from ..runtime import in_processes, progress, resolve_threads
 
 # %% ../../nbs/1_data/50_prepare.ipynb #114e4c83
 def _append(
@@ -57,10 +57,10 @@ def _write_tables(clips: pd.DataFrame, frames: pd.DataFrame, out: Path):
 
 # %% ../../nbs/1_data/50_prepare.ipynb #becddc92
 def prepare_corpus(
-    params: Params,                   # `data` and `faces` are used
+    params: Params,                   # `data`, `faces` and `threads` are used
     out: str | Path,                  # folder of the store; made anew
     root: str | Path | None = None,   # folder of the corpus; by default `params.data.root` below the project
-    workers: int = 2,                 # processes; fewer than 2: this one
+    workers: int | None = None,       # processes; fewer than 2: this one; by default as many as `params.threads` says
 ) -> ClipStore:
     """Crop the faces of all clips of a corpus and store them.
     Raises `CorpusError` for a corpus that is not one, and `ValueError` for an unknown detector or when no clip is left."""
@@ -68,6 +68,7 @@ def prepare_corpus(
     make_detector(params.faces.detector, params.faces.min_score)  # an unknown name is refused here, not in the processes
     rows = index_dataset(root, params.data.layout, params.data.compression).to_dict("records")
     job = partial(prepare_clip, root=root, faces=params.faces, factory=DETECTORS[params.faces.detector])
+    workers = resolve_threads(params.threads) if workers is None else workers
     _clear(out)
     clips, frames, tars = [], [], {}
     with ExitStack() as stack:

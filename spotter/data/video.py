@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
+import lazy_loader
 import numpy as np
+
+# %% ../../nbs/1_data/10_video.ipynb #2de10bf6
+av = lazy_loader.load("av")   # imported when the first video is opened: where crops are stored, nothing needs FFmpeg
 
 # %% ../../nbs/1_data/10_video.ipynb #236c715f
 class DamageWarning(UserWarning):
@@ -31,7 +34,7 @@ def until_damage(items: Iterator, path: str | Path) -> Iterator:
 class VideoError(ValueError):
     "A file that gives no frames: the message names the file and the reason."
 
-def _open_container(path: Path) -> av.container.InputContainer:
+def _open_container(path: Path) -> "av.container.InputContainer":
     "The opened file; `VideoError` with the reason where it cannot be a video."
     if not path.exists(): raise VideoError(f"{path}: no such file")
     if not path.is_file(): raise VideoError(f"{path}: {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file")
@@ -75,7 +78,7 @@ def write_video(
         for frame in (first, *frames): container.mux(stream.encode(_picture(frame)))
         container.mux(stream.encode(None))
 
-def _picture(frame: np.ndarray) -> av.VideoFrame:
+def _picture(frame: np.ndarray) -> "av.VideoFrame":
     "A frame in FFmpeg's form."
     if frame.dtype == bool: frame = frame.astype(np.uint8)*255
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="gray" if frame.ndim == 2 else "rgb24")
@@ -98,16 +101,16 @@ def probe(path: str | Path) -> VideoInfo:
         return VideoInfo(c.width, c.height, float(stream.average_rate or 0), stream.frames, c.name, c.pix_fmt or "")
 
 # %% ../../nbs/1_data/10_video.ipynb #b94ada1d
-def _decode(container, stream, path: Path) -> Iterator[av.VideoFrame]:
+def _decode(container, stream, path: Path) -> Iterator["av.VideoFrame"]:
     "Frames in the order of display, up to the end or to the first damage."
     return until_damage((frame for packet in container.demux(stream) for frame in packet.decode()), path)
 
-def start_time(container: av.container.InputContainer) -> Fraction:
+def start_time(container: "av.container.InputContainer") -> Fraction:
     "Time stamp at which a player begins, in seconds: the clock of a recorded broadcast does not start at 0."
     return Fraction(container.start_time or 0, av.time_base)
 
 # %% ../../nbs/1_data/10_video.ipynb #f4ff2259
-def _converter(stream: av.VideoStream):
+def _converter(stream: "av.VideoStream"):
     "Function from a frame to (H, W, 3) uint8 RGB, in square pixels and turned upright."
     reformat = av.video.reformatter.VideoReformatter().reformat   # one for all frames: to set one up takes longer than to convert a frame
     shape = stream.sample_aspect_ratio or 1

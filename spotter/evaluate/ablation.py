@@ -103,7 +103,7 @@ def split_auc(
 ) -> dict[str, float]:    # value, lo, hi
     "AUC of a network's verdicts on some clips."
     logits = clip_logits(model, store, clips, params.clips.eval_frames, params.train.precision)
-    table = prediction_table(clips, logits, model.temperature, model.threshold)
+    table = prediction_table(clips, logits, model.temperature, model.bias, model.threshold)
     return bootstrap_intervals(table, overall_metrics, params.evaluate.resamples, params.seed)["auc"]
 
 # %% ../../nbs/6_evaluate/92_ablation.ipynb #8b7c5245

@@ -30,7 +30,7 @@ from ..data.video import iter_frames, read_frames, write_video
 from .features import GROUPS, backdrop, clip_features, face_track
 from ..metrics.bootstrap import bootstrap_rows, identity_units, interval
 from ..metrics.classification import auc
-from ..runtime import in_processes, progress
+from ..runtime import in_processes, progress, resolve_threads
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #20d1eaf4
 BOUNDS = {
@@ -256,12 +256,12 @@ def sample_pairs(
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #6d9bd25e
 def measure_corpus(
-    params: Params,              # `data` and `faces` are used
+    params: Params,              # `data`, `faces` and `threads` are used
     root: str | Path | None = None,  # of the corpus; by default `params.data.root` below the project
     sample: int = 0,             # clips to look at; 0: all
     every: int = 0,              # look for the face on every n-th frame; 0: as `params.faces.every` says
     frames: int = 24,            # of each video, at most
-    workers: int = 2,            # processes; fewer than 2: this one
+    workers: int | None = None,  # processes; fewer than 2: this one; by default as many as `params.threads` says
 ) -> pd.DataFrame:  # one row per clip, sorted by clip_id, see `measure_target`
     "Measure the clips of a corpus. Clips in no split are left out. Raises `ValueError` for clips that are not H.264 of a known level."
     if params.data.compression == "raw": raise ValueError("the audit compares with a second coding: choose c23 or c40, not raw")
@@ -270,6 +270,7 @@ def measure_corpus(
     index = sample_pairs(index[index.split != ""], sample)
     targets = [g.to_dict("records") for _, g in index.groupby("target_id")]
     job = partial(measure_target, root=root, faces=params.faces, every=every or params.faces.every, frames=frames)
+    workers = resolve_threads(params.threads) if workers is None else workers
     done = progress(in_processes(job, targets, workers), total=len(targets), desc="audit", unit="target")
     return pd.DataFrame([row for rows in done for row in rows]).sort_values("clip_id", ignore_index=True)
 

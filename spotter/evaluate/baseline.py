@@ -17,8 +17,9 @@ from ..data.store import ClipStore
 from .audit import auc
 from .features import colour_features, noise_features, sharpness_features
 from .tables import prediction_table
-from ..metrics.calibration import fit_temperature
+from ..metrics.calibration import fit_platt
 from ..metrics.threshold import choose_threshold
+from ..model.logits import p_fake
 
 # %% ../../nbs/6_evaluate/74_baseline.ipynb #b37a0006
 def crop_features(
@@ -47,13 +48,14 @@ def as_logits(model: Pipeline, x: np.ndarray) -> np.ndarray:  # (N, 2): real, fa
 def handmade_predictions(
     store: ClipStore,
     frames: int = 4,    # crops per clip, evenly spaced
-) -> tuple[pd.DataFrame, float, float]:  # prediction table of the test split; temperature; threshold
+) -> tuple[pd.DataFrame, dict[str, float]]:  # prediction table of the test split; threshold, temperature, bias and prevalence
     "Verdicts of the regression. `ValueError` when training or validation lacks a class."
     clips = store.clips
     rows = [crop_features(store.read(c, sample_positions(n, min(frames, n)))[0]) for c, n in zip(clips.clip_id, clips.n_frames)]
     x, y = pd.DataFrame(rows).to_numpy(), clips.label.to_numpy()
     train, val, test = ((clips.split == split).to_numpy() for split in ("train", "val", "test"))
     logits = as_logits(fit_regression(x[train], y[train], x[val], y[val]), x)
-    temperature = fit_temperature(logits[val], y[val])
-    threshold = round(choose_threshold(y[val], 1/(1 + np.exp(-logits[val, 1]/temperature))), 6)
-    return prediction_table(clips[test], logits[test], temperature, threshold), temperature, threshold
+    temperature, bias = fit_platt(logits[val], y[val])
+    threshold = round(choose_threshold(y[val], p_fake(logits[val], temperature, bias)), 6)
+    fitted = dict(threshold=threshold, temperature=temperature, bias=bias, prevalence=round(float(y[val].mean()), 6))
+    return prediction_table(clips[test], logits[test], temperature, bias, threshold), fitted

@@ -19,7 +19,7 @@ from .trainings import evaluation_folder
 from ..metrics.bootstrap import paired_differences, significance
 
 # %% ../../nbs/6_evaluate/86_comparison.ipynb #eb0fbb38
-METRICS = ["accuracy", "balanced_accuracy", "real_recall", "fake_recall", "auc", "average_precision", "eer", "ece", "brier"]
+METRICS = ["accuracy", "balanced_accuracy", "real_recall", "fake_recall", "auc", "average_precision", "eer", "ece", "brier", "ece_at_50"]
 
 # %% ../../nbs/6_evaluate/86_comparison.ipynb #1e768800
 def read_metrics(
@@ -33,10 +33,10 @@ def read_metrics(
 def basis(
     metrics: dict,  # what a model's metrics.json holds
 ) -> dict:          # row title -> number or text
-    "Number of clips and independent groups, share of clips with a verdict, threshold and temperature of one model."
+    "Number of clips and independent groups, share of clips with a verdict, and what one model's verdicts were calibrated to."
     scored = {f"{name} clips scored": f"{c['scored']} of {c['total']}" for name, c in metrics["coverage"].items()}
-    return {"clips": metrics["n"]["clips"], "independent groups": metrics["n"]["units"], **scored,
-            "threshold": round(metrics["threshold"], 3), "temperature": round(metrics["temperature"], 3)}
+    fitted = {key: round(metrics[key], 3) for key in ("threshold", "temperature", "bias", "prevalence") if key in metrics}
+    return {"clips": metrics["n"]["clips"], "independent groups": metrics["n"]["units"], **scored, **fitted}
 
 # %% ../../nbs/6_evaluate/86_comparison.ipynb #6da9983d
 def earlier_and_later(

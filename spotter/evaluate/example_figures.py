@@ -53,16 +53,16 @@ def draw_medians(
     figures = []
     for r in rows.itertuples():
         example = examples.show(r.clip_id, list(range(examples.frames))[:most])
-        title = f"{r.clip_id} ({r.strength or 'no strength'}): p_fake {example.p_fake:.2f}, AP of the fused map {r.average_precision:.2f}"
+        title = f"{r.clip_id} ({r.strength or 'no strength'}): p_fake {example.p_fake:.2f}, AP of the shown map {r.average_precision:.2f}"
         figures.append(draw_over_time(example, title))
     return figures
 
 # %% ../../nbs/6_evaluate/62_example_figures.ipynb #358b35ec
 def draw_real(
     examples: Examples,
-    rows: pd.DataFrame,  # of real clips: clip_id and lit, the share of the face above the threshold
+    rows: pd.DataFrame,  # of real clips: clip_id and above_threshold, a share of the face
 ) -> Figure:
     "The middle frame of real clips, with the score and the share of the face above the threshold."
     shown = [examples.show(clip, [examples.frames//2]) for clip in rows.clip_id]
-    titles = [f"p_fake {e.p_fake:.2f}\nabove {share:.0%}" for e, share in zip(shown, rows.lit)]
+    titles = [f"p_fake {e.p_fake:.2f}\nabove {share:.0%}" for e, share in zip(shown, rows.above_threshold)]
     return draw_clips(shown, titles, "real clips, by the share of the face above the threshold", masks=False)

@@ -10,7 +10,6 @@ __all__ = ['MIN_BACKGROUND', 'GROUPS', 'file_features', 'noise_level', 'colour_f
 import math
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from scipy.fft import dctn
@@ -20,6 +19,7 @@ from ..data.faces import Detect, largest_track
 # %% ../../nbs/6_evaluate/70_features.ipynb #f91614b8
 def file_features(path: str | Path) -> dict[str, float]:
     "Natural logarithms of the sizes of file, packets and key frames; the key frames' share of the bytes and the share of B frames."
+    import av   # not at the top, because maps are scored where there is no FFmpeg
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1

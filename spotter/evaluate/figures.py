@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'REAL', 'FAKE', 'NEUTRAL', 'NAMES', 'MODEL_COLOURS', 'MODEL_MARKERS', 'MODEL_LINES', 'LOOK', 'model_style',
-           'styled', 'new_axes', 'with_interval', 'confusion', 'roc', 'reliability', 'score_histograms', 'dots',
-           'label_rows', 'group_recall', 'compare_models', 'faces', 'difference_forest']
+           'styled', 'new_axes', 'confusion', 'roc', 'reliability', 'score_histograms', 'dots', 'label_rows',
+           'group_recall', 'compare_models', 'faces', 'difference_forest']
 
 # %% ../../nbs/6_evaluate/50_figures.ipynb #29ce21ed
 import functools
@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binom
 from sklearn.metrics import confusion_matrix, roc_curve
 
+from .tables import with_interval
 from ..metrics.bootstrap import significance
 from ..metrics.calibration import calibration_table
 from ..metrics.classification import LOWER_IS_BETTER
@@ -30,7 +31,7 @@ PALETTE = sns.color_palette("colorblind").as_hex()
 REAL, FAKE, NEUTRAL = PALETTE[0], PALETTE[1], "#666666"
 NAMES = dict(accuracy="accuracy", balanced_accuracy="balanced accuracy",
              real_recall="recall on real videos", fake_recall="recall on fake videos", auc="AUC", average_precision="average precision",
-             eer="equal error rate", ece="calibration error", brier="Brier score")
+             eer="equal error rate", ece="calibration error", ece_at_50="calibration error at 50 % fakes", brier="Brier score")
 MODEL_COLOURS, MODEL_MARKERS = [PALETTE[i] for i in (2, 4, 3, 7, 5)], ["o", "s", "D", "^", "v"]
 MODEL_LINES = dict(zip(MODEL_MARKERS, ["-", "--", "-.", (0, (1, 1)), (0, (5, 1))]))  # marker -> line of the same model
 
@@ -64,12 +65,6 @@ def new_axes(
 ) -> Axes:
     "`ax`, or the axes of a new figure."
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
-
-# %% ../../nbs/6_evaluate/50_figures.ipynb #065f072b
-def with_interval(metric: dict[str, float], digits: int = 2) -> str:
-    "A metric with its interval as text: `0.91 [0.85, 0.96]`; without the brackets where there is no interval."
-    value, lo, hi = (metric[k] if metric[k] is not None else math.nan for k in ("value", "lo", "hi"))
-    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]" if math.isfinite(lo) else f"{value:.{digits}f}"
 
 # %% ../../nbs/6_evaluate/50_figures.ipynb #0d673081
 @styled
@@ -191,7 +186,8 @@ def compare_models(
     metrics: dict[str, dict],  # {model: its metrics file}
 ) -> Figure:
     "Each model's metrics with intervals."
-    shown = [[n for n in NAMES if (n in LOWER_IS_BETTER) == low] for low in (False, True)]
+    known = [n for n in NAMES if all(n in m for m in metrics.values())]
+    shown = [[n for n in known if (n in LOWER_IS_BETTER) == low] for low in (False, True)]
     figure, axes = plt.subplots(2, 1, figsize=(6.5, 5.6), height_ratios=[len(s) for s in shown], layout="constrained")
     step = .7/len(metrics)
     for ax, names, title in zip(axes, shown, ("higher is better \u2192", "\u2190 lower is better")):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_COLUMNS', 'network_maps', 'freeze_thresholds', 'score_clip', 'write_localisation', 'read_localisation',
-           'localisation_table', 'above_threshold_on_real', 'gains', 'train_face', 'split_maps', 'score_split',
-           'localisation_summary', 'in_words', 'best_median_worst']
+           'localisation_table', 'above_threshold_on_real', 'gains', 'split_maps', 'score_split', 'stored_thresholds',
+           'extent', 'localisation_summary', 'in_words', 'best_median_worst']
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #9b84805f
 import math
@@ -16,14 +16,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.loader import ClipDataset
 from ..data.store import ClipStore
-from .figures import with_interval
-from .references import centre_maps, face_maps, mean_face, noise_maps, randomised
-from ..explain.clips import explained_clips
+from .pooled import PixelPool
+from .references import Priors, randomised, reference_maps, training_priors
+from .tables import with_interval
+from ..explain.clips import loaded_clips
 from ..explain.gradcam import Evidence, MultiScaleGradCAM
+from ..explain.shown import shown_map
 from ..metrics.bootstrap import aligned, bootstrap_rows, interval
-from ..metrics.localisation import GRID, SCORES, choose_iou_threshold, localisation_metrics, share_above_threshold
+from ..metrics.localisation import HALF, SCORES, choose_iou_threshold, localisation_metrics, share_above_threshold
+from ..model.logits import p_fake
 from ..model.network import TemporalCNN_GRU
 from ..runtime import progress
 
@@ -34,15 +36,15 @@ def network_maps(
 ) -> tuple[dict[str, np.ndarray], float]:  # {source: (T, h, w) ≥ 0}, p_fake
     "Every map that a network gives of a clip, and its verdict."
     evidence = explainer.explain(clip.to(next(explainer.model.parameters()).device))
-    return _sources(evidence), _p_fake(explainer.model, evidence)
+    return _sources(explainer.model, evidence), _p_fake(explainer.model, evidence)
 
-def _sources(evidence: Evidence) -> dict[str, np.ndarray]:
+def _sources(model: TemporalCNN_GRU, evidence: Evidence) -> dict[str, np.ndarray]:
     "Maps (T, h, w) of a batch of one clip, by the name of their source."
     extra = {"attention": evidence.attention, "mask head": evidence.mask}
-    maps = evidence.maps | {name: m for name, m in extra.items() if m is not None}
+    maps = dict(shown=shown_map(model, evidence)) | evidence.maps | {name: m for name, m in extra.items() if m is not None}
     return {name: m[0].cpu().numpy() for name, m in maps.items()}
 
-def _p_fake(model: TemporalCNN_GRU, evidence: Evidence) -> float: return (evidence.logits/model.temperature).softmax(1)[0, 1].item()
+def _p_fake(model: TemporalCNN_GRU, evidence: Evidence) -> float: return p_fake(evidence.logits[0], model.temperature, model.bias).item()
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #5eb723e3
 def freeze_thresholds(
@@ -59,15 +61,15 @@ def score_clip(
     clip: dict,                                  # its columns: clip_id, label, method, strength, target_id, source_id …
     maps: dict[str, np.ndarray],                 # {source of maps: (T, h, w)}; resolutions may differ
     masks,                                       # (T, H, W) bool or 0/1
-    thresholds: dict[str, float] | None = None,  # {source: threshold of `iou`}; without one `iou` and `lit` are `nan`
+    thresholds: dict[str, float] | None = None,  # {source: threshold of `iou`}; without one `iou` and `above_threshold` are `nan`
     face=None,                                   # (H, W) bool: where faces are; None: the whole crop
-) -> list[dict]:  # one row per source: source, the clip's columns, what `localisation_metrics` gives, and lit
-    "Scores of several sources of maps on one clip; on a real clip only `lit`, the share of the face above the threshold, is defined."
+) -> list[dict]:  # one row per source: source, the clip's columns, what `localisation_metrics` gives, and above_threshold
+    "Scores of several sources of maps on one clip; on a real clip only `above_threshold`, the share of the face, is defined."
     rows = []
     for name, m in maps.items():
         threshold = (thresholds or {}).get(name)
         above = math.nan if threshold is None else float(share_above_threshold(m, threshold, face).mean())
-        rows.append(dict(source=name, **clip) | localisation_metrics(m, masks, threshold) | dict(lit=above))
+        rows.append(dict(source=name, **clip) | localisation_metrics(m, masks, threshold) | dict(above_threshold=above))
     return rows
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #7b3f8eda
@@ -82,13 +84,14 @@ def write_localisation(
     scores.to_csv(path, index=False, float_format="%.6f", lineterminator="\n")
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #b3d50a36
-def read_localisation(path: str | Path) -> pd.DataFrame:  # text columns as text; empty cells of the `SCORES` and of `lit` are `nan`
+def read_localisation(path: str | Path) -> pd.DataFrame:  # text columns as text; empty cells of scores are `nan`
     "Read scores of heatmaps. Raises `FileNotFoundError` when the file is not there, `ValueError` when columns are missing."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such table; `dvc repro` makes it in the stage evaluate")
     text = dict.fromkeys(["source", *CLIP_COLUMNS], str) | dict(label=int)
-    table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={name: [""] for name in [*SCORES, "lit"]})
-    missing = [name for name in ["source", *CLIP_COLUMNS, *SCORES, "lit"] if name not in table]
+    table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={name: [""] for name in [*SCORES, "above_threshold", "lit"]})
+    table = table.rename(columns=dict(lit="above_threshold"))   # its name in tables that were written before the shown map
+    missing = [name for name in ["source", *CLIP_COLUMNS, *SCORES, "above_threshold"] if name not in table]
     if missing: raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}: is it a table of heatmap scores?")
     return table
 
@@ -132,7 +135,7 @@ def above_threshold_on_real(
     "Mean share of the face above the threshold, with 95 % intervals over identity pairs."
     found = {}
     for name, rows in scores.groupby("source", sort=False):
-        share = rows.lit.to_numpy(float)
+        share = rows.above_threshold.to_numpy(float)
         value, drawn = bootstrap_rows(rows, lambda drawn: share[drawn].mean(), resamples, seed)
         found[name] = interval(float(value), drawn)
     return found
@@ -158,56 +161,55 @@ def gains(
         for k, row in enumerate(rows): row |= zip((kind, f"{kind}_lo", f"{kind}_hi"), interval(float(found[k]), samples[:, k]).values())
     return pd.DataFrame(rows, index=list(SCORES))
 
-# %% ../../nbs/6_evaluate/30_heatmaps.ipynb #fa589811
-def train_face(
-    store: ClipStore,
-    methods: tuple = ("Deepfakes", "FaceSwap"),  # whose masks are whole faces
-    side: int = GRID,
-) -> np.ndarray:  # (side, side) in [0, 1]
-    "The mean face of the training split; the mean of all masks where none of the methods is there. `ValueError` without any mask."
-    fakes = store.clips.query("split == 'train' and label == 1 and has_mask")
-    fakes = fakes[fakes.method.isin(methods)] if fakes.method.isin(methods).any() else fakes
-    if fakes.empty: raise ValueError(f"{store.folder}: no training clip with a mask, so heatmaps cannot be scored")
-    data = ClipDataset(store, fakes, 2, 2*side)
-    return mean_face(np.concatenate([data[i]["mask"].numpy() > .5 for i in range(len(data))]), side)
-
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #4f49d896
 def split_maps(
     model: TemporalCNN_GRU,
     store: ClipStore,
     clips: pd.DataFrame,   # rows of `store.clips`
     frames: int,           # per clip
-    face: np.ndarray,      # (side, side) of `train_face`
+    priors: Priors,        # of the training split
     precision: str = "auto",
     seed: int = 0,         # of the noise and of the random weights
 ) -> Iterator[tuple[dict, dict[str, np.ndarray], np.ndarray]]:  # for each clip: its columns, {source: (T, h, w)}, masks (T, H, W) bool
-    "Maps of every source, clip by clip."
-    both = zip(*(explained_clips(m, store, clips, frames, precision) for m in (model, randomised(model, seed))))
-    for i, ((row, evidence, masks), (_, control, _)) in enumerate(progress(both, total=len(clips), desc="heatmaps", leave=False)):
-        maps = _sources(evidence) | {"random weights": control.maps["fused"][0].cpu().numpy()}
-        maps |= dict(centre=centre_maps(frames), face=face_maps(frames, face), noise=noise_maps(frames, [seed, i]))
-        yield {name: row[name] for name in CLIP_COLUMNS} | dict(p_fake=_p_fake(model, evidence)), maps, masks
+    "Maps of every source, clip by clip; each clip is read once."
+    control, loaded = randomised(model, seed), loaded_clips(store, clips, frames, model.image_size)
+    with MultiScaleGradCAM(model, precision=precision) as own, MultiScaleGradCAM(control, precision=precision) as random:
+        for i, (row, video, masks) in enumerate(progress(loaded, total=len(clips), desc="heatmaps", leave=False)):
+            maps, p_fake = network_maps(own, video)
+            maps["random weights"] = network_maps(random, video)[0]["shown"]
+            maps |= reference_maps(row, priors, p_fake, len(masks), [seed, i])
+            yield {name: row[name] for name in CLIP_COLUMNS} | dict(p_fake=p_fake), maps, masks
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #4874b30d
 def score_split(
     model: TemporalCNN_GRU, store: ClipStore, frames: int, precision: str = "auto", seed: int = 0,  # as for `split_maps`
-) -> tuple[pd.DataFrame, dict[str, float]]:  # rows of `score_clip` and extent, of the real test clips and the fakes with masks; thresholds
-    "Freeze the thresholds on the validation split, score the test split. `ValueError` when training, validation or test has no masks."
-    face, known = train_face(store), store.clips[store.clips.has_mask | (store.clips.label == 0)]
+) -> tuple[pd.DataFrame, dict[str, float], PixelPool]:  # rows of `score_clip`; thresholds; the pixels
+    "Freeze the thresholds on validation, score originals and fakes with masks of the test split. `ValueError` for a split without masks."
+    priors, known = training_priors(store), store.clips[store.clips.has_mask | (store.clips.label == 0)]
     fakes = known.query("split == 'val' and label == 1")
     if fakes.empty or known.query("split == 'test' and label == 1").empty:
         raise ValueError(f"{store.folder}: no masks in the validation or the test split, so heatmaps cannot be scored")
-    _, maps, masks = zip(*split_maps(model, store, fakes, frames, face, precision, seed))
-    thresholds = freeze_thresholds(maps, masks)
-    if model.heatmap_threshold is not None: thresholds["fused"] = model.heatmap_threshold
-    rows = [row for clip, maps, masks in split_maps(model, store, known.query("split == 'test'"), frames, face, precision, seed)
-            for row in score_clip(clip | dict(mask_share=float(masks.mean())), maps, masks, thresholds, face >= .5)]
-    return _extent(pd.DataFrame(rows), (face >= .5).mean()), thresholds
+    _, maps, masks = zip(*split_maps(model, store, fakes, frames, priors, precision, seed))
+    thresholds = freeze_thresholds(maps, masks) | stored_thresholds(model)
+    face, pool, rows = priors.pictures["face oval"] >= HALF, PixelPool(), []
+    for clip, maps, masks in split_maps(model, store, known.query("split == 'test'"), frames, priors, precision, seed):
+        clip |= dict(mask_share=float(masks.mean()), extent=extent(clip["label"], masks.mean(), face.mean()))
+        rows += score_clip(clip, maps, masks, thresholds, face)
+        pool.add(clip, maps, masks)
+    return pd.DataFrame(rows), thresholds, pool
 
-def _extent(scores: pd.DataFrame, face: float) -> pd.DataFrame:
-    "Column `extent`: whether a fake's mask covers most of a face, more than 60 % of the mean one's area, or a part; empty for real clips."
-    kind = np.where(scores.mask_share > .6*face, "whole face", "part of the face")
-    return scores.assign(extent=np.where(scores.label == 1, kind, ""))
+def stored_thresholds(model: TemporalCNN_GRU) -> dict[str, float]:  # "shown" and "fused" -> threshold of `iou`
+    "Those that calibration stored with a model; none for an uncalibrated one."
+    names = dict(shown=model.shown_map, fused="fused")
+    return {source: model.heatmap_thresholds[name] for source, name in names.items() if name in model.heatmap_thresholds}
+
+def extent(
+    label: int,
+    mask_share: float,  # of the clip's pixels
+    face: float,        # share of a mean face
+) -> str:
+    "Whether a fake's mask covers most of a face, more than 60 % of the mean one's area, or a part; empty for real clips."
+    return "" if label == 0 else "whole face" if mask_share > .6*face else "part of the face"
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #2080950f
 def localisation_summary(
@@ -225,16 +227,17 @@ def localisation_summary(
 def in_words(
     table: pd.DataFrame,  # of `localisation_table`, by "extent" among others
     above: dict,          # of `above_threshold_on_real`
+    source: str = "shown",
 ) -> str:
-    "The fused map's scores in three sentences."
-    mean = table[table.source == "fused"].set_index(["by", "group", "score"])
+    "A map's scores on single fakes and on real clips, in three sentences."
+    mean = table[table.source == source].set_index(["by", "group", "score"])
     def said(group, score): return with_interval(mean.loc[(*group, score), ["value", "lo", "hi"]].to_dict())
     whole, part = ("all", "all"), ("extent", "part of the face")
     parts = "" if part not in mean.index.droplevel("score") else (
         f" Where only a part of the face was manipulated, they are {said(part, 'pointing')} and {said(part, 'average_precision')}.")
-    return (f"The fused heatmap's highest point is inside the true mask in {said(whole, 'pointing')} of the frames of fakes, "
-            f"its pixel average precision is {said(whole, 'average_precision')}.{parts} "
-            f"On real clips {with_interval(above['fused'])} of the face is above the threshold.")
+    return (f"On single fakes, the highest point of the {source} map is inside the true mask in {said(whole, 'pointing')} of the frames, "
+            f"and its pixel average precision is {said(whole, 'average_precision')}.{parts} "
+            f"On real clips {with_interval(above[source])} of the face is above the threshold.")
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #cda6dbb4
 def best_median_worst(

@@ -79,7 +79,8 @@ def seeds_table(
     differences: dict[str, dict],  # of `seed_differences`
 ) -> pd.DataFrame:  # the columns below: kind is "arm" for a model, figure is the metric
     "The rows of results_seeds.csv."
-    rows = _rows(found, METRICS, kind="arm") + _rows(differences, METRICS, kind="difference")
+    metrics = [key for key in METRICS if key in next(iter(found.values()))]
+    rows = _rows(found, metrics, kind="arm") + _rows(differences, metrics, kind="difference")
     for r in rows:
         wide = widened(r)
         r |= dict(lo_trainings=wide["lo"], hi_trainings=wide["hi"], verdict=_verdict(wide) if r["kind"] == "difference" else "")
@@ -229,7 +230,7 @@ def learning_curves(
     pairs: int,      # of the whole training split
     resamples: int,
     seed: int,
-) -> pd.DataFrame:   # the rows of `learning_curve` for the AUC of the verdict and the average precision of the fused heatmap
+) -> pd.DataFrame:   # the rows of `learning_curve` for the AUC of the verdict and the average precision of the shown map on fakes
     "Both learning curves of the studied model: results_curve.csv."
     parts, seeds = trainings.on_fewer_pairs(), trainings.seeds(trainings.studied())
     def curve(read, statistic, key):

@@ -82,9 +82,9 @@ def draw_curve(
     curve: pd.DataFrame,  # of `learning_curves`: pairs, figure, value, lo, hi
     k: int = 0,           # number of the model, for its colour
 ) -> Figure:
-    "AUC of the verdict and average precision of the fused map against the number of training pairs."
+    "AUC of the verdict and average precision of the shown map on fakes against the number of training pairs."
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.7), layout="constrained")
-    for ax, key, title in zip(axes, ("auc", "average_precision"), ("AUC of the verdict", "average precision of the fused map")):
+    for ax, key, title in zip(axes, ("auc", "average_precision"), ("AUC of the verdict", "average precision of the shown map")):
         part = curve[curve.figure == key]
         ax.errorbar(part.pairs, part.value, bars(part.to_dict("records")), marker="o", color=model_style(k)["color"], capsize=2)
         ax.set(xscale="log", xlabel="training pairs", title=title, ylim=(0, 1), xticks=part.pairs, xticklabels=part.pairs)

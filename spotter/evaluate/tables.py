@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'STORED_WORDS', 'prediction_table', 'write_predictions', 'read_predictions', 'overall_metrics',
-           'recall_and_auc', 'metrics_by_group', 'confident_mistakes', 'coverage', 'model_metrics', 'write_json']
+           'at_own_prevalence', 'error_at_50', 'recall_and_auc', 'metrics_by_group', 'confident_mistakes', 'coverage',
+           'model_metrics', 'write_json', 'with_interval']
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #af59ebb1
 import json
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
 
 from ..metrics.bootstrap import bootstrap_intervals, identity_units
-from ..metrics.calibration import probability_metrics
+from ..metrics.calibration import calibration_error, prior_shift, probability_metrics
 from ..metrics.classification import auc, confusion_metrics, ranking_metrics
 from ..metrics.threshold import check_scores
+from ..model.logits import p_fake
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #4ed345a0
 PREDICTION_COLUMNS = ["clip_id", "label", "method", "strength", "compression", "target_id", "source_id", "p_fake", "prediction"]
@@ -26,12 +27,13 @@ PREDICTION_COLUMNS = ["clip_id", "label", "method", "strength", "compression", "
 def prediction_table(
     clips: pd.DataFrame,  # (N rows) with the first seven of `PREDICTION_COLUMNS`
     logits,               # (N, 2) in the order of the rows: real, fake
-    temperature: float,   # divides the logits
+    temperature: float,   # of `p_fake`
+    bias: float,
     threshold: float,     # a clip is called fake from this probability on
 ) -> pd.DataFrame:  # `PREDICTION_COLUMNS`, sorted by clip_id; p_fake with six decimals
     "Calibrated probabilities and verdicts. Raises `ValueError` when a clip occurs twice or the logits do not fit the clips."
     if clips.clip_id.duplicated().any(): raise ValueError(f"clip {clips.clip_id[clips.clip_id.duplicated()].iloc[0]} occurs twice")
-    _, p = check_scores(clips.label, softmax(np.asarray(logits, dtype=np.float64)/temperature, axis=1)[:, 1])
+    _, p = check_scores(clips.label, p_fake(np.asarray(logits), temperature, bias))
     p = np.round(p, 6)
     table = clips.assign(p_fake=p, prediction=(p >= round(threshold, 6)).astype(int))
     return table[PREDICTION_COLUMNS].sort_values("clip_id", ignore_index=True)
@@ -61,6 +63,22 @@ def overall_metrics(table: pd.DataFrame) -> dict[str, float]:
     "The nine metrics of a prediction table, by its own verdicts."
     y, p = check_scores(table.label, table.p_fake)
     return confusion_metrics(y, table.prediction.to_numpy()) | ranking_metrics(y, p) | probability_metrics(y, p)
+
+# %% ../../nbs/6_evaluate/10_tables.ipynb #e4ac1e8f
+def at_own_prevalence(
+    table: pd.DataFrame,        # a prediction table
+    prevalence: float | None,   # share of fakes at which its p_fake holds; None where that is not known
+) -> pd.DataFrame:
+    "The table with p_fake moved to the share of fakes among its clips; as it is where that is the same, or where it lacks a class."
+    share = float(table.label.mean())
+    if prevalence is None or round(prevalence - share, 6) == 0 or share in (0, 1): return table
+    return table.assign(p_fake=prior_shift(table.p_fake, prevalence, share))
+
+def error_at_50(
+    table: pd.DataFrame,  # a prediction table whose p_fake holds where half of the clips are fake
+) -> dict[str, float]:
+    "Calibration error where half of the clips are fake; `nan` when a class is absent."
+    return dict(ece_at_50=calibration_error(*check_scores(table.label, table.p_fake), .5))
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #2dee5f9a
 def recall_and_auc(table: pd.DataFrame) -> dict[str, float]:
@@ -105,19 +123,19 @@ def coverage(
 def model_metrics(
     table: pd.DataFrame,     # the model's prediction table
     excluded: pd.DataFrame,  # test clips without a verdict
-    temperature: float,
-    threshold: float,        # with six decimals, as the verdicts were made
+    fitted: dict[str, float],  # on validation: threshold (with six decimals, as the verdicts were made), temperature, bias, prevalence
     resamples: int,
     seed: int,
 ) -> dict:
     "What `metrics/models/<model>/metrics.json` holds. `ValueError` when the verdicts of the table are not those of the threshold."
-    if ((table.p_fake >= threshold) != (table.prediction == 1)).any():
-        raise ValueError(f"the verdicts of the prediction table were not made with the threshold {threshold}")
+    if ((table.p_fake >= fitted["threshold"]) != (table.prediction == 1)).any():
+        raise ValueError(f"the verdicts of the prediction table were not made with the threshold {fitted['threshold']}")
     fakes = int(table.label.sum())
     n = dict(clips=len(table), real=len(table) - fakes, fake=fakes, units=int(identity_units(table).nunique()))
     groups = {f"per_{column}": metrics_by_group(table, column, resamples, seed) for column in ("method", "strength")}
-    return (bootstrap_intervals(table, overall_metrics, resamples, seed)
-            | dict(n=n, coverage=coverage(table, excluded), threshold=threshold, temperature=temperature) | groups)
+    own, even = at_own_prevalence(table, fitted["prevalence"]), table.assign(p_fake=prior_shift(table.p_fake, fitted["prevalence"], .5))
+    overall = bootstrap_intervals(own, overall_metrics, resamples, seed) | bootstrap_intervals(even, error_at_50, resamples, seed)
+    return overall | dict(n=n, coverage=coverage(table, excluded)) | fitted | groups
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #f293ff76
 def write_json(
@@ -141,3 +159,9 @@ def _plain(x):
 # %% ../../nbs/6_evaluate/10_tables.ipynb #1e8f379d
 # word of `significance` -> word in the stored tables, which keep theirs until the next training
 STORED_WORDS = {"not significant": "cannot be told from noise"}
+
+# %% ../../nbs/6_evaluate/10_tables.ipynb #de04d7fd
+def with_interval(metric: dict[str, float], digits: int = 2) -> str:
+    "A metric with its interval as text: `0.91 [0.85, 0.96]`; without the brackets where there is no interval."
+    value, lo, hi = (metric[k] if metric[k] is not None else math.nan for k in ("value", "lo", "hi"))
+    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]" if math.isfinite(lo) else f"{value:.{digits}f}"

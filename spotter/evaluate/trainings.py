@@ -82,10 +82,12 @@ def predictions(self: Trainings,
 @patch
 def heatmaps(self: Trainings,
     name: str,              # of a training
-    source: str = "fused",  # of the maps
+    source: str = "shown",  # of the maps
 ) -> pd.DataFrame:          # one row per fake clip: clip_id, label, method, target_id, source_id, scores
     "Scores of a training's heatmaps on the fakes of the test split."
-    return read_localisation(_path(self, "localisation", name)).query("source == @source and label == 1").reset_index(drop=True)
+    rows = read_localisation(_path(self, "localisation", name)).query("label == 1")
+    if source == "shown" and "shown" not in set(rows.source): source = "fused"   # tables that were written before the shown map
+    return rows[rows.source == source].reset_index(drop=True)
 
 # %% ../../nbs/6_evaluate/83_trainings.ipynb #964e3984
 def training_pairs(

@@ -12,14 +12,14 @@ import pandas as pd
 from sklearn.metrics import roc_curve
 
 from ..data.store import ClipStore
-from .tables import prediction_table, read_predictions, write_predictions
+from .tables import at_own_prevalence, prediction_table, read_predictions, write_predictions
 from ..metrics.calibration import calibration_table
 from ..model.logits import clip_logits
 from ..model.network import TemporalCNN_GRU
 
 # %% ../../nbs/6_evaluate/12_verdicts.ipynb #62f7baf0
 def write_verdicts(
-    model: TemporalCNN_GRU,  # calibrated: its temperature and threshold are used
+    model: TemporalCNN_GRU,  # calibrated: its temperature, bias and threshold are used
     store: ClipStore,
     path: str | Path,        # CSV of the prediction table
     frames: int,             # per clip, evenly spaced
@@ -29,7 +29,7 @@ def write_verdicts(
     clips = store.clips.query("split == 'test'").reset_index(drop=True)
     if clips.empty: raise ValueError(f"{store.folder} holds no clip of the test split: {store.folder}/excluded.csv lists the reasons")
     logits = clip_logits(model, store, clips, frames, precision)
-    write_predictions(prediction_table(clips, logits, model.temperature, model.threshold), path)
+    write_predictions(prediction_table(clips, logits, model.temperature, model.bias, model.threshold), path)
     return read_predictions(path)
 
 # %% ../../nbs/6_evaluate/12_verdicts.ipynb #f5f4e03f
@@ -44,7 +44,9 @@ def roc_points(
 def write_curves(
     table: pd.DataFrame,  # a prediction table
     folder: str | Path,   # of the model's evaluation
+    prevalence: float | None = None,   # see `at_own_prevalence`
 ):
-    "Write the ROC curve to `roc.csv` and the calibration bins to `calibration.csv`, with six decimals."
+    "Write the ROC curve to `roc.csv` and the calibration bins, at the prevalence of the table, to `calibration.csv`, with six decimals."
     roc_points(table).to_csv(Path(folder)/"roc.csv", index=False, float_format="%.6f")
-    calibration_table(table.label, table.p_fake).to_csv(Path(folder)/"calibration.csv", index=False, float_format="%.6f")
+    own = at_own_prevalence(table, prevalence)
+    calibration_table(own.label, own.p_fake).to_csv(Path(folder)/"calibration.csv", index=False, float_format="%.6f")

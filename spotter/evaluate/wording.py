@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from .figures import NAMES, with_interval
+from .figures import NAMES
 from .results import PROMISES, promise_kept, widened
+from .tables import with_interval
 from ..metrics.bootstrap import significance
 from ..metrics.classification import LOWER_IS_BETTER
 

@@ -2,4 +2,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "gradcam": ["MultiScaleGradCAM"]})
+    "gradcam": ["MultiScaleGradCAM"],
+    "shown": ["shown_map"]})

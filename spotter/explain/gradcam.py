@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..runtime import autocast
+from ..model.logits import p_fake
 from ..model.network import TemporalCNN_GRU, pool_over_time
 
 # %% ../../nbs/3_explain/00_gradcam.ipynb #059773d2
@@ -107,10 +108,10 @@ def frame_scores(
     model: TemporalCNN_GRU,
     temporal: torch.Tensor,   # (B, T, D) temporal features
     target_class: int = 1,
-) -> torch.Tensor:  # (B, T) probabilities, after temperature scaling
+) -> torch.Tensor:  # (B, T) probabilities, with the model's temperature and bias
     "Probability of the class at each time step."
-    logits = model.classifier(pool_over_time(temporal.flatten(0, 1)[:, None]))
-    return (logits/model.temperature).softmax(1)[:, target_class].unflatten(0, temporal.shape[:2])
+    fake = p_fake(model.classifier(pool_over_time(temporal.flatten(0, 1)[:, None])), model.temperature, model.bias)
+    return (fake if target_class else 1 - fake).unflatten(0, temporal.shape[:2])
 
 # %% ../../nbs/3_explain/00_gradcam.ipynb #97b4f63f
 @dataclass

@@ -3,7 +3,8 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "threshold": ["choose_threshold"],
-    "calibration": ["fit_temperature"],
+    "calibration": ["fit_platt", "prior_shift"],
     "classification": ["classification_metrics"],
     "bootstrap": ["bootstrap_intervals", "paired_differences"],
-    "localisation": ["localisation_metrics"]})
+    "localisation": ["localisation_metrics"],
+    "pooled": ["pooled_ap"]})

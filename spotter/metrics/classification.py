@@ -56,7 +56,7 @@ def _equal_error_rate(fpr: np.ndarray, tpr: np.ndarray) -> float:
     return float(fpr[k-1] + (fpr[k] - fpr[k-1])*gap[k-1]/(gap[k-1] - gap[k]))
 
 # %% ../../nbs/4_metrics/20_classification.ipynb #72a0dc25
-LOWER_IS_BETTER = ("eer", "ece", "brier")  # of the nine metrics; the others are better when higher
+LOWER_IS_BETTER = ("eer", "ece", "ece_at_50", "brier")  # the other metrics are better when higher
 
 def classification_metrics(
     y_true,  # (N,) labels, 0 real and 1 fake

@@ -6,5 +6,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
     "attention": ["SpatialAttentionModule"],
     "network": ["TemporalCNN_GRU"],
     "checkpoint": ["inspect_checkpoint", "load_model", "save_model"],
-    "logits": ["clip_logits"],
+    "logits": ["clip_logits", "p_fake"],
     "export": ["export_onnx"]})

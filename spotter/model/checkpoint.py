@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MEASURED', 'save_model', 'is_safetensors', 'read_old', 'read_header', 'CheckpointInfo',
-           'inspect_checkpoint', 'load_model']
+           'inspect_checkpoint', 'load_model', 'shrink_checkpoint']
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #c93ddd37
 import json
@@ -20,14 +20,16 @@ from .pyramid import BACKBONES
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #b058e9e9
 FORMAT = "spotter-1"   # version of the header; files of the predecessor have `legacy.OLD_FORMAT`
-MEASURED = "temperature", "threshold", "heatmap_constants", "heatmap_threshold"  # on validation; attributes of the network
+# on validation; attributes of the network
+MEASURED = ("temperature", "bias", "prevalence", "threshold",
+            "heatmap_constants", "heatmap_thresholds", "shown_map", "map_weights")
 
 def save_model(
     model: TemporalCNN_GRU,
     path: str | Path,  # `.safetensors`; its folder is made
     **metadata,        # whatever JSON holds: epoch, settings, seed …
 ):
-    "Write weights, configuration, input size, temperature, threshold and scale of the heatmaps."
+    "Write weights, configuration, input size and what is `MEASURED`."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     header = dict(format=FORMAT, config=model.config, image_size=model.image_size,
                   **{name: getattr(model, name) for name in MEASURED}, metadata=metadata)
@@ -95,6 +97,7 @@ def load_model(
     if is_safetensors(path):
         header = read_header(path)
         with safe_open(path, "pt") as f: state = {name: f.get_tensor(name) for name in f.keys()}
+        if header.get("heatmap_threshold") is not None: header["heatmap_thresholds"] = {"fused": header["heatmap_threshold"]}  # old files
     else:
         old, _ = read_old(path)
         header, state = dict(config=old.config), old.state
@@ -103,3 +106,14 @@ def load_model(
     except RuntimeError as e: raise ValueError(f"{path}: the tensors do not fit its configuration: {e}") from e
     for name in ("image_size", *MEASURED): setattr(model, name, header.get(name, getattr(model, name)))  # old files have nothing measured
     return model.to(device).eval()
+
+# %% ../../nbs/2_model/40_checkpoint.ipynb #bde813e3
+def shrink_checkpoint(
+    path: str | Path,  # written by `save_model`
+    out: str | Path,   # `.safetensors`; its folder is made
+):
+    "Write a checkpoint again, its matrices and kernels rounded to bfloat16, all else as it is. Raises as `read_header` does."
+    read_header(path)
+    out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
+    with safe_open(path, "pt") as f: tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    save_file({name: t.bfloat16() if t.ndim > 1 else t for name, t in tensors.items()}, out, header)

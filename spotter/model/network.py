@@ -50,8 +50,9 @@ class TemporalCNN_GRU(nn.Module):
         self.config = dict(num_classes=num_classes, hidden_size=hidden_size, backbone=backbone,
                            use_multiscale=use_multiscale, use_attention=use_attention, attention_reduction=attention_reduction,
                            mask_head=use_multiscale or mask_head)
-        self.image_size, self.temperature, self.threshold = BACKBONES[backbone].image_size, 1.0, 0.5
-        self.heatmap_constants, self.heatmap_threshold = None, None
+        self.image_size, self.threshold = BACKBONES[backbone].image_size, 0.5
+        self.temperature, self.bias, self.prevalence = 1.0, 0.0, 0.5
+        self.heatmap_constants, self.heatmap_thresholds, self.shown_map, self.map_weights = None, {}, "fused", None
         self.feature_extractor = MultiScaleFeatureExtractor(backbone, use_multiscale, pretrained)
         self.feature_dim = self.feature_extractor.feature_dim
         self.spatial_attention = SpatialAttentionModule(self.feature_dim, attention_reduction) if use_attention else None

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 
@@ -127,7 +126,7 @@ def draw_strip(
 CLOCK = Fraction(1, 90_000)   # of the times in the file, fine enough for every usual frame rate
 COPIED = {"aac", "mp3"}       # codecs of sound that browsers play out of MP4
 
-def _sound(source, track, out) -> Iterator[tuple[float, av.Packet]]:
+def _sound(source, track, out) -> Iterator[tuple[float, "av.Packet"]]:
     "Packets of the sound with their times in seconds from the start, copied or coded again; a `DamageWarning` where no more can be read."
     def from_start(item): return item.pts - round(start_time(source)/item.time_base)
     if track.codec_context is None: warnings.warn(f"{source.name}: no decoder for its sound, left out", DamageWarning)
@@ -157,6 +156,7 @@ def write_with_sound(
     crf: int = 20,                                  # quality of H.264, less is better
 ):
     "Write pictures at their times, and sound. The file appears when it is complete."
+    import av   # not at the top, because crops are judged where there is no FFmpeg
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
     with ExitStack() as stack:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ..data.sampling import sample_positions
 from ..evaluate.figures import FAKE, NEUTRAL, REAL, styled
+from ..explain.shown import meaning
 from .detector import Analysis, Person
 from .diagnostic import heat_over, heatmap_in_frame, touching
 from .outputs import record
@@ -86,10 +87,11 @@ section { border-top: 2px solid #222; margin-top: 2.5rem } h3 { font-size: 1rem 
 {% for r in rows %}<tr><td>{{ r.path }}</td><td class="{{ r.verdict }}">{{ r.verdict }}</td>\
 <td>{{ '–' if r.p_fake is none else '%.2f' % r.p_fake }}</td>\
 <td>{{ r.people|length }}</td><td>{{ r.reason or r.note or '' }}</td></tr>{% endfor %}</table>
-<p><i>p_fake</i> is the probability of a manipulated face as the network was calibrated on its validation clips; \
-a video is called fake from the threshold below upwards. On videos unlike those clips neither needs to hold. \
+<p><i>p_fake</i> is the probability of a manipulated face as the network was calibrated on its validation clips. \
+It holds where {{ '%.0f' % (100*settings.prevalence) }} % of videos are fake; where fewer are, it is too high. \
+A video is called fake from the threshold below upwards. On videos unlike those clips neither needs to hold. \
 A video's verdict is that of the face that is seen most.
-Heat shows what spoke for a fake in the network's eyes; that alone is no proof that something was altered there.</p>
+Heat shows {{ heat }}; that alone is no proof that something was altered there.</p>
 {% for s in sections %}{{ s }}{% endfor %}
 <section><h2>Settings</h2><table>{% for key, value in settings.items() %}\
 <tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table></section></body></html>"""
@@ -100,4 +102,5 @@ def html_page(
     settings: dict,         # of the detector
 ) -> str:
     "A self-contained page on several videos."
-    return TEMPLATES.from_string(PAGE).render(rows=records, sections=map(Markup, sections), settings=settings)
+    return TEMPLATES.from_string(PAGE).render(rows=records, sections=map(Markup, sections), settings=settings,
+                                               heat=meaning(settings["shown_map"]))

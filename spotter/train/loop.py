@@ -6,6 +6,7 @@
 __all__ = ['batch_loss', 'train_epoch', 'validation_metrics', 'validate', 'run_epoch', 'log_epoch', 'check_splits', 'train']
 
 # %% ../../nbs/5_train/40_loop.ipynb #2f447fe5
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from dvclive import Live
 from sklearn.metrics import roc_auc_score  # and not ours of `metrics.classification`, where a change would mean to train again
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,11 +23,11 @@ from ..core import Params
 from ..data.store import ClipStore
 from ..metrics.threshold import choose_threshold, mean_f1
 from ..model.checkpoint import save_model
-from ..model.logits import clip_logits
+from ..model.logits import clip_logits, p_fake
 from ..model.start_weights import start_record
-from ..runtime import progress
+from ..runtime import machine, progress, resolve_workers
 from .losses import mask_loss
-from .resume import fingerprint, load_state, note_epoch, save_state
+from .resume import fingerprint, load_state, note_epoch, note_machine, save_state
 from .setup import Session, start_session
 
 # %% ../../nbs/5_train/40_loop.ipynb #f614a176
@@ -71,16 +71,16 @@ def validation_metrics(
     loss_fn: nn.Module,
 ) -> dict[str, float]:  # val_loss, val_mean_f1 (at its best threshold), val_auc
     "The metrics of a validation pass."
-    p_fake = torch.from_numpy(logits).softmax(1)[:, 1].numpy()
-    loss = loss_fn(torch.from_numpy(logits), torch.from_numpy(labels)).item()
-    f1 = mean_f1(labels, p_fake >= choose_threshold(labels, p_fake))
-    return dict(val_loss=loss, val_mean_f1=f1, val_auc=float(roc_auc_score(labels, p_fake)))
+    p, loss = p_fake(logits), loss_fn(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+    f1 = mean_f1(labels, p >= choose_threshold(labels, p))
+    return dict(val_loss=loss, val_mean_f1=f1, val_auc=float(roc_auc_score(labels, p)))
 
 # %% ../../nbs/5_train/40_loop.ipynb #e0e4abfa
 def validate(session: Session) -> tuple[np.ndarray, np.ndarray]:  # logits (N, 2), labels (N,)
     "Logits and labels of the validation clips."
     clips, recipe = session.store.clips.query("split == 'val'"), session.params.train
-    logits = clip_logits(session.bare, session.store, clips, session.params.clips.eval_frames, recipe.precision, workers=recipe.workers)
+    workers = resolve_workers(recipe.workers, session.params.threads)
+    logits = clip_logits(session.bare, session.store, clips, session.params.clips.eval_frames, recipe.precision, workers=workers)
     return logits, clips.label.to_numpy()
 
 # %% ../../nbs/5_train/40_loop.ipynb #3792ac26
@@ -94,7 +94,7 @@ def run_epoch(session: Session, epoch: int) -> dict[str, float]:  # a row of the
     return dict(epoch=epoch, train_loss=loss, **validation_metrics(*validate(session), session.loss_fn), learning_rate=rate)
 
 # %% ../../nbs/5_train/40_loop.ipynb #75b90eea
-def log_epoch(log: Live, row: dict):
+def log_epoch(log: "dvclive.Live", row: dict):
     "One step of DVCLive: all of the row but its epoch, which is the number of the step."
     for name, value in row.items():
         if name != "epoch": log.log_metric(name, value)
@@ -115,7 +115,7 @@ def train(
     key: str,                        # a key of `params.models`
     store: ClipStore,                # of prepared clips
     out: str | Path,                 # folder of weights.safetensors (of the best epoch) and last.safetensors
-    live: str | Path,                # folder of DVCLive's metrics
+    live: str | Path,                # folder of DVCLive's metrics, and of machine.json: where the training ran
     resume: str | Path = ".resume",  # where the state of an unfinished training is kept, by model
 ) -> pd.DataFrame:  # the history: epoch, train_loss, val_loss, val_mean_f1, val_auc, learning_rate
     "Train a model, or continue. `KeyError` for an unknown model, `ValueError` when a class is missing in training or validation."
@@ -126,6 +126,8 @@ def train(
     notes = dict(arm=key, settings=spec.model_dump(exclude_none=True), faces=params.faces.model_dump(), frames=params.clips.eval_frames,
                  seed=params.seed, init=start_record(recipe.init, spec.backbone))   # `arm` is what files call the key of a model
     now = load_state(folder, fingerprint(params, key, store), session.accelerator)
+    note_machine(now, machine(params.train.precision, params.threads))
+    from dvclive import Live   # not at the top, because it brings DVC, and an epoch needs neither
     with Live(str(live), dvcyaml=None, save_dvc_exp=False, monitor_system=False) as log:
         for row in now.history: log_epoch(log, row)
         while len(now.history) < spec.epochs and now.waited < recipe.patience:
@@ -137,5 +139,6 @@ def train(
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
     save_model(session.bare, out/"last.safetensors", epoch=len(now.history) - 1, **notes)
     shutil.copyfile(folder/"weights.safetensors", out/"weights.safetensors")
+    (Path(live)/"machine.json").write_text(json.dumps(now.machines, indent=1) + "\n")
     shutil.rmtree(folder)
     return pd.DataFrame(now.history)

@@ -24,7 +24,7 @@ from ..data.sampling import BalancedSampler, EpochBatches
 from ..data.store import ClipStore
 from ..model.network import TemporalCNN_GRU
 from ..model.start_weights import load_start
-from ..runtime import default_device, resolve_precision, seed_everything
+from ..runtime import default_device, resolve_precision, resolve_workers, seed_everything
 from .losses import FocalLoss
 from .schedule import clips_at, frames_at, make_optimizer, side_at
 
@@ -83,7 +83,8 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     batches = EpochBatches(BalancedSampler(clips.label, clips.method, params.seed), steps,
                            partial(clips_at, batch_size=spec.batch_size, **sequences))
     # a generator of its own: living workers draw from it once, and a resumed training would draw from the global one again
-    return DataLoader(data, batch_sampler=batches, num_workers=recipe.workers, persistent_workers=recipe.workers > 0,
+    workers = resolve_workers(recipe.workers, params.threads)
+    return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
                       generator=torch.Generator().manual_seed(params.seed))
 
 # %% ../../nbs/5_train/20_setup.ipynb #14202370

@@ -1,0 +1,113 @@
+"""The product's evaluation of a trained network, in processes of its own, so that the next training need not wait for it."""
+import json
+import multiprocessing
+import time
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from spotter.core import Params
+from spotter.evaluate.calibrate import calibrate, scale_heatmaps
+from spotter.evaluate.heatmaps import read_localisation, score_split, write_localisation
+from spotter.evaluate.map_tables import heatmap_metrics
+from spotter.evaluate.tables import model_metrics, overall_metrics, prediction_table, read_predictions, write_json, write_predictions
+from spotter.model.checkpoint import MEASURED, load_model, save_model
+
+from .corpus import CropStore
+
+
+def write_verdicts(
+    model,                              # trained; its temperature and threshold are fitted here
+    val: tuple[np.ndarray, np.ndarray], # logits (N, 2) and labels (N,) of the validation clips
+    tests: dict[str, tuple[pd.DataFrame, np.ndarray]],  # file name -> clips, and their logits
+    folder: Path,
+) -> dict[str, float]:                  # the metrics of the first table, without intervals
+    "Calibrate on validation, and write the prediction tables."
+    calibrate(model, *val)
+    tables = {name: prediction_table(clips, logits, model.temperature, model.threshold) for name, (clips, logits) in tests.items()}
+    for name, table in tables.items(): write_predictions(table, folder/name)
+    return overall_metrics(next(iter(tables.values())))
+
+
+def evaluate_run(
+    weights: Path,       # a checkpoint with temperature and threshold
+    folder: Path,        # with predictions.csv; metrics.json and localisation.csv are written
+    store: CropStore,
+    params: Params,
+    device: str,
+) -> dict:               # what metrics.json holds, and the seconds that it took
+    "Metrics with intervals, and the heatmaps' scores, as the stages calibrate and evaluate make them."
+    start = time.perf_counter()
+    model, frames, precision = load_model(weights, device), params.clips.eval_frames, params.train.precision
+    sampling = params.evaluate.resamples, params.seed
+    table, excluded = read_predictions(folder/"predictions.csv"), store.excluded.query("split == 'test'")
+    metrics = model_metrics(table, excluded, model.temperature, round(float(model.threshold), 6), *sampling)
+    _write(folder, metrics)   # in case that the time is over before the heatmaps are scored
+    scale_heatmaps(model, store, frames, precision)
+    scores, thresholds = score_split(model, store, frames, precision, params.seed)
+    write_localisation(scores, folder/"localisation.csv")
+    scores = read_localisation(folder/"localisation.csv")
+    _, _, metrics["localisation"] = heatmap_metrics(scores, thresholds, model.heatmap_constants, *sampling)
+    _write(folder, metrics)
+    (folder/"fitted.json").write_text(json.dumps({name: getattr(model, name) for name in MEASURED}, indent=2) + "\n")
+    return metrics | dict(seconds=time.perf_counter() - start)
+
+
+def _write(folder: Path, metrics: dict):
+    "metrics.json, which is there whole or as it was before."
+    write_json(folder/"metrics.part", metrics)
+    (folder/"metrics.part").replace(folder/"metrics.json")
+
+
+def _prepare(threads: int): torch.set_num_threads(threads)
+
+
+class Evaluators:
+    "Processes that evaluate trainings while the next one runs."
+    def __init__(self, processes: int, threads: int):   # 0 processes: each evaluation is made at once, in this process
+        # new interpreters, because a process that uses CUDA cannot be forked
+        self.pool = multiprocessing.get_context("spawn").Pool(processes, _prepare, (threads,)) if processes else None
+        self.results = {}
+
+    def submit(self, name: str, *job):
+        "Evaluate a run: the arguments of `evaluate_run`."
+        pool = self.pool or ThreadPool(1)
+        self.results[name] = pool.apply_async(evaluate_run, job)
+        if not self.pool: self.results[name].wait()
+
+    def finished(self, seconds: float) -> tuple[dict[str, dict], dict[str, str]]:  # metrics; why there are none, of the others
+        "Wait for all evaluations, at most so long. What is not done by then is given up."
+        end, done, lost = time.monotonic() + seconds, {}, {}
+        for name, result in self.results.items():
+            try: done[name] = result.get(max(0., end - time.monotonic()))
+            except multiprocessing.TimeoutError: lost[name] = f"heatmaps were not scored within {seconds:.0f} s after the last training"
+            except Exception as e: lost[name] = f"{type(e).__name__}: {e}"   # of another process: the other runs are kept
+        if self.pool: self.pool.terminate()
+        return done, lost
+
+
+def save_weights(
+    trained, path: Path, params: Params, run,   # of `train_run`; a file; of `run_params`; a `Run`
+):
+    "The checkpoint that evaluation starts from."
+    save_model(trained.model, path, epoch=trained.epoch, arm=run.model, settings=params.models[run.model].model_dump(),
+               faces=params.faces.model_dump(), frames=params.clips.eval_frames, seed=params.seed)
+
+
+def split_checkpoint(
+    path: Path,          # safetensors
+    out: Path,           # folder of the parts
+    most: int,           # bytes of a part
+) -> list[Path]:
+    "A checkpoint in bf16, cut into files; `cat` in the order of their names puts it together again."
+    with safe_open(path, "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+        data = save({name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}, f.metadata())
+    parts = [out/f"{path.stem}.safetensors.{k:02}" for k in range(-(-len(data)//most))]
+    for k, part in enumerate(parts): part.write_bytes(data[k*most:(k + 1)*most])
+    return parts
