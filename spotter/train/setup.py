@@ -79,7 +79,8 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     growth = partial(side_at, final=spec.image_size, start=recipe.start_size, grow_epochs=recipe.grow_epochs)
     data = ClipDataset(store, clips, params.clips.frames, spec.image_size, recipe.augment, params.seed, growth,
                        partial(frames_at, **sequences))
-    batches = EpochBatches(BalancedSampler(clips.label, clips.method, params.seed), spec.steps_per_epoch or max(1, len(clips)//spec.batch_size),
+    steps = spec.steps_per_epoch or max(1, len(clips)//spec.batch_size)
+    batches = EpochBatches(BalancedSampler(clips.label, clips.method, params.seed), steps,
                            partial(clips_at, batch_size=spec.batch_size, **sequences))
     # a generator of its own: living workers draw from it once, and a resumed training would draw from the global one again
     workers = resolve_workers(recipe.workers, params.threads)
