@@ -82,8 +82,8 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     steps = spec.steps_per_epoch or max(1, len(clips)//spec.batch_size)
     batches = EpochBatches(BalancedSampler(clips.label, clips.method, params.seed), steps,
                            partial(clips_at, batch_size=spec.batch_size, **sequences))
-    # a generator of its own: living workers draw from it once, and a resumed training would draw from the global one again
     workers = resolve_workers(recipe.workers, params.threads)
+    # a generator of its own: living workers draw from it once, and a resumed training would draw from the global one again
     return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
                       generator=torch.Generator().manual_seed(params.seed))
 
