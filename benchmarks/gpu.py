@@ -121,8 +121,8 @@ def settings(args: argparse.Namespace):
     if not args.tiny: return params
     models = {key: spec.model_copy(update=dict(image_size=64, epochs=min(3, spec.epochs))) for key, spec in params.models.items()}
     def changed(section, **values): return section.model_copy(update=values)
-    return changed(params, models=models, faces=changed(params.faces, size=96), clips=changed(params.clips, eval_frames=2),
-                   train=changed(params.train, grow_epochs=1), evaluate=changed(params.evaluate, resamples=20))
+    return changed(params, models=models, faces=changed(params.faces, size=96), evaluate=changed(params.evaluate, resamples=20),
+                   train=changed(params.train, grow_epochs=1, start_size=1.))   # few sizes: the processor compiles kernels for each
 
 
 def read_pack(folder: Path) -> dict:
@@ -186,7 +186,7 @@ def choose_steps(bench: Bench, runs: list["Run"], deadline: float) -> int:
     if bench.args.steps: return bench.args.steps
     models = [run.model for run in runs]
     rates = {m: checks.step_seconds(training.run_params(bench.params, training.Run(m, m, 0), bench.args.clips, 1000), m, bench.store,
-                                    bench.crops, 10) for m in dict.fromkeys(models)}
+                                    bench.crops, 10)[0] for m in dict.fromkeys(models)}
     steps = steps_that_fit(rates, models, deadline - time.monotonic())
     say("seconds of a step: " + ", ".join(f"{m} {s:.4f}" for m, s in rates.items()) + f"; {steps} steps of each run fit")
     return steps
@@ -221,11 +221,12 @@ def one_run(bench: Bench, run: "Run", steps: int, sets: dict, evaluators: "Evalu
     row = dict(status="cut short" if trained.cut_short else "done", steps=trained.steps, epoch=trained.epoch,
                seconds=round(time.monotonic() - start, 1), images_per_second=round(trained.images/trained.seconds, 1),
                val_auc=float(trained.history.val_auc[trained.epoch]), test_auc=found["auc"])
+    init = training.packed_record(bench.params, run.model, bench.args.pack)
     fitted = {name: getattr(trained.model, name) for name in ("temperature", "bias", "prevalence", "threshold")} | dict(metrics=found)
-    record.write(folder/"run.json", bench.about | dict(run=row, settings=params.model_dump(), init=bench.params.recipe(run.model).init) | fitted)
+    record.write(folder/"run.json", bench.about | dict(run=row, settings=params.model_dump(), init=init) | fitted)
     weights = bench.scratch/"weights"/f"{run.name}.safetensors"
-    evaluation.save_weights(trained, weights, params, run)
-    if run.name == bench.args.keep: evaluation.split_checkpoint(weights, bench.args.out, PART)
+    evaluation.save_weights(trained, weights, params, run, init)
+    if run.name == bench.args.keep: evaluation.split_checkpoint(weights, bench.args.out, PART)   # again when its heatmaps are scaled
     evaluators.submit(run.name, weights, folder, part, params, bench.args.device)
     return row
 
@@ -245,8 +246,9 @@ def summarise(rows: dict[str, dict], tables: Path, done: dict[str, dict], lost: 
         metrics = json.loads(file.read_text())
         rows[name] |= {f"test_auc_{end}": metrics["auc"][end] for end in ("lo", "hi")} | dict(ece=metrics["ece"]["value"])
         if "localisation" not in metrics: continue
-        maps = metrics["localisation"]["maps"]
-        rows[name] |= {f"AP of {source}": found["average_precision"]["value"] for source, found in maps.items()}
+        pooled = metrics["localisation"]["pooled"]["all fakes"]["scores"]
+        rows[name] |= dict(shown_map=metrics["localisation"]["shown_map"])
+        rows[name] |= {f"pooled AP of {source}": score["value"] for source, score in pooled.items()}
     for name, metrics in done.items(): rows[name] |= dict(evaluation_seconds=round(metrics["seconds"], 1))
 
 
@@ -257,6 +259,8 @@ def train_all(args: argparse.Namespace, scratch: Path) -> int:
     bench, deadline, tables = prepare(args, scratch), STARTED + 60*args.minutes, scratch/"runs"
     study = training.study_runs(args.root) if args.study else {}
     runs = training.planned_runs(args.models or list(bench.params.models), args.seeds, bench.params.seed, study)
+    names = [run.name for run in runs]
+    if args.keep and args.keep not in names: raise SystemExit(f"--keep {args.keep}: no such run, only {', '.join(names)}")
     evaluators = evaluation.Evaluators(args.evaluators, max(1, (os.cpu_count() or 1)//4))
     sets = judged_sets(bench, {bench.params.models[run.model].image_size for run in runs})
     steps, rows, took = choose_steps(bench, runs, deadline), {}, {}
@@ -277,6 +281,7 @@ def train_all(args: argparse.Namespace, scratch: Path) -> int:
             say(f"{run.name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         done, lost = evaluators.finished(max(0, deadline + GRACE - time.monotonic()))
     summarise(rows, tables, done, lost)
+    if args.keep in done: evaluation.split_checkpoint(scratch/"weights"/f"{args.keep}.safetensors", args.out, PART)
     if tables.is_dir(): write_tables(tables, args.out)
     pd.DataFrame.from_dict(rows, orient="index").rename_axis("name").to_csv(args.out/"summary.csv")
     record.write(args.out/"run.json", bench.about | dict(steps=steps, seconds=round(time.monotonic() - STARTED, 1), runs=rows))

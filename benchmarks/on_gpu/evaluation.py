@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from spotter.core import Params
 from spotter.evaluate.calibrate import calibrate, scale_heatmaps
@@ -18,7 +16,7 @@ from spotter.evaluate.heatmaps import read_localisation, score_split, write_loca
 from spotter.evaluate.map_tables import heatmap_metrics
 from spotter.evaluate.pooled import pooled_scores
 from spotter.evaluate.tables import model_metrics, overall_metrics, prediction_table, read_predictions, write_json, write_predictions
-from spotter.model.checkpoint import MEASURED, load_model, save_model
+from spotter.model.checkpoint import MEASURED, inspect_checkpoint, load_model, save_model, shrink_checkpoint
 
 from .corpus import CropStore
 
@@ -38,7 +36,7 @@ def write_verdicts(
 
 
 def evaluate_run(
-    weights: Path,       # a checkpoint with temperature and threshold
+    weights: Path,       # a checkpoint with what belongs to the verdict; what belongs to the heatmaps is added
     folder: Path,        # with predictions.csv; metrics.json and localisation.csv are written
     store: CropStore,
     params: Params,
@@ -52,7 +50,9 @@ def evaluate_run(
     fitted = {name: round(float(getattr(model, name)), 6) for name in ("threshold", "temperature", "bias", "prevalence")}
     metrics = model_metrics(table, excluded, fitted, *sampling)
     _write(folder, metrics)   # in case that the time is over before the heatmaps are scored
-    scale_heatmaps(model, store, frames, precision)
+    scale_heatmaps(model, store, frames, precision).to_csv(folder/"candidates.csv", index=False, float_format="%.6f")
+    save_model(model, weights.with_suffix(".part"), **inspect_checkpoint(weights).metadata)   # as the stage calibrate does
+    weights.with_suffix(".part").replace(weights)
     scores, thresholds, pool = score_split(model, store, frames, precision, params.seed)
     write_localisation(scores, folder/"localisation.csv")
     single = heatmap_metrics(read_localisation(folder/"localisation.csv"), thresholds, model.heatmap_constants, *sampling)[2]
@@ -101,10 +101,11 @@ class Evaluators:
 
 def save_weights(
     trained, path: Path, params: Params, run,   # of `train_run`; a file; of `run_params`; a `Run`
+    init: dict,                                 # what the training started from
 ):
     "The checkpoint that evaluation starts from."
-    save_model(trained.model, path, epoch=trained.epoch, arm=run.model, settings=params.models[run.model].model_dump(),
-               faces=params.faces.model_dump(), frames=params.clips.eval_frames, seed=params.seed)
+    save_model(trained.model, path, epoch=trained.epoch, arm=run.model, settings=params.models[run.model].model_dump(exclude_none=True),
+               faces=params.faces.model_dump(), frames=params.clips.eval_frames, seed=params.seed, init=init)
 
 
 def split_checkpoint(
@@ -113,9 +114,8 @@ def split_checkpoint(
     most: int,           # bytes of a part
 ) -> list[Path]:
     "A checkpoint in bf16, cut into files; `cat` in the order of their names puts it together again."
-    with safe_open(path, "pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
-        data = save({name: t.bfloat16() if t.is_floating_point() else t for name, t in tensors.items()}, f.metadata())
+    shrink_checkpoint(path, whole := path.with_suffix(".bf16"))
+    data = whole.read_bytes()
     parts = [out/f"{path.stem}.safetensors.{k:02}" for k in range(-(-len(data)//most))]
     for k, part in enumerate(parts): part.write_bytes(data[k*most:(k + 1)*most])
     return parts

@@ -16,7 +16,7 @@ from spotter.data.loader import ClipDataset
 from spotter.data.sampling import sample_positions
 from spotter.data.subset import training_part
 from spotter.model.network import TemporalCNN_GRU
-from spotter.model.start_weights import load_lite
+from spotter.model.start_weights import LITE, load_lite, sha256
 from spotter.runtime import autocast
 from spotter.train.loop import train_epoch, validation_metrics
 from spotter.train.resume import TrainingState, note_epoch
@@ -61,10 +61,11 @@ def run_params(
     steps: int,      # of the training, all in all
 ) -> Params:
     "Settings of a run: those of params.yaml, but for seed, batch, length, processes that load clips, and start, see `packed_start`."
-    spec, here = params.models[run.model], dict(workers=0, init="random")
-    own = spec.train.model_copy(update=here)
+    spec = params.models[run.model]
+    own = spec.train.model_copy(update=dict(init="random"))
     spec = spec.model_copy(update=dict(batch_size=clips, accumulation=1, steps_per_epoch=max(1, steps//spec.epochs), train=own))
-    return params.model_copy(update=dict(seed=run.seed, models=params.models | {run.model: spec}))
+    recipe = params.train.model_copy(update=dict(workers=0))
+    return params.model_copy(update=dict(seed=run.seed, train=recipe, models=params.models | {run.model: spec}))
 
 
 def packed_start(
@@ -79,6 +80,17 @@ def packed_start(
     if init == "random": return None
     if not path.is_file(): raise FileNotFoundError(f"{path}: the weights that {key} starts from were not packed; make the folder again")
     return {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+
+
+def packed_record(
+    params: Params,   # of params.yaml
+    key: str,
+    folder: Path,     # that `gpu.py pack` made
+) -> dict:            # kind, file, sha256; the last two are None for random weights
+    "What a training starts from, for its checkpoint. The file is the packed one, whose weights are rounded."
+    init, path = params.recipe(key).init, folder/"start"/f"{params.models[key].backbone}.safetensors"
+    if init == "random": return dict(kind=init, file=None, sha256=None)
+    return dict(kind=init, file=f"{LITE[params.models[key].backbone].file}, in half precision", sha256=sha256(path))
 
 
 class DeviceClips:
@@ -106,6 +118,11 @@ class DeviceLoader:
     def frames(self) -> int:
         "Frames of a clip in this epoch."
         return self.data.frames_at(self.epoch) if self.data.frames_at else self.data.frames
+
+    @property
+    def images(self) -> int:
+        "Frames of a step in this epoch."
+        return self.batches.batch_size*self.frames
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -140,10 +157,11 @@ def staged(
 
 
 @torch.no_grad()
-def logits_of(model: TemporalCNN_GRU, inputs: torch.Tensor, precision: str, clips: int = 16) -> np.ndarray:  # (N, 2) float32
+def logits_of(model: TemporalCNN_GRU, inputs: torch.Tensor, precision: str) -> np.ndarray:  # (N, 2) float32
     "`clip_logits` of clips that are on the device; the model is put into eval mode."
     model.eval()
-    with autocast(precision, inputs.device): return torch.cat([model(part).float().cpu() for part in inputs.split(clips)]).numpy()
+    parts = inputs.split(16 if inputs.is_cuda else 4)
+    with autocast(precision, inputs.device): return torch.cat([model(part).float().cpu() for part in parts]).numpy()
 
 
 def train_steps(session: Session, batches: Iterable[dict]) -> float:
@@ -198,7 +216,7 @@ def train_run(
         loader.set_epoch(epoch)
         began = time.perf_counter()
         loss = train_steps(session, loader)   # reads the loss, so the device is done
-        seconds, seen = time.perf_counter() - began, len(loader)*loader.batches.batch_size*loader.frames
+        seconds, seen = time.perf_counter() - began, len(loader)*loader.images
         steps, images, spent = steps + len(loader), images + seen, spent + seconds
         scores = validation_metrics(logits_of(session.bare, inputs, recipe.precision), labels, session.loss_fn)
         row = dict(epoch=epoch, train_loss=loss, **scores, learning_rate=rate)
