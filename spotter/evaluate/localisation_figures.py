@@ -122,5 +122,5 @@ def _curve(ax, source: str, found: dict[str, dict], place: int):
     "Scores of one source over the areas."
     areas = np.array([float(a) for a in found]) + .002*place                    # bars beside each other
     values, lo, hi = (np.array([np.nan if d[k] is None else d[k] for d in found.values()], float) for k in ("value", "lo", "hi"))
-    style = dict(color=NEUTRAL, ls="--") if source.startswith(ELSEWHERE) else dict(color=PALETTE[place])
+    style = dict(color=NEUTRAL, ls="--") if source == ELSEWHERE else dict(color=PALETTE[place])
     ax.errorbar(areas, values, [values - lo, hi - values], lw=1.6, elinewidth=1, label=source, **style)
