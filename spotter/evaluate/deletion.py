@@ -7,6 +7,7 @@ __all__ = ['AREAS', 'FILLS', 'ELSEWHERE', 'removal_order', 'marked', 'pieces', '
            'without', 'trials', 'judged', 'deletion_rows', 'deletion_metrics', 'deletion_words']
 
 # %% ../../nbs/6_evaluate/40_deletion.ipynb #4a90e782
+import itertools
 from collections.abc import Callable, Iterator
 
 import cv2
@@ -28,7 +29,7 @@ from ..model.network import TemporalCNN_GRU
 from ..runtime import autocast, progress
 
 # %% ../../nbs/6_evaluate/40_deletion.ipynb #291bf864
-AREAS = (.05, .1, .2, .4)  # shares of the crop
+AREAS = (.1, .3)  # shares of the crop: about a mouth with its surroundings, and about a face
 
 def removal_order(
     heatmap,                 # (h, w) finite, ≥ 0
@@ -114,23 +115,22 @@ def without(
     return np.where(hole[..., None], FILLS[fill](frame, noise, hole), frame)
 
 # %% ../../nbs/6_evaluate/40_deletion.ipynb #3fe80997
-ELSEWHERE = "elsewhere: "  # begins the name of a source whose areas are those of a map, in another place
+ELSEWHERE = "elsewhere"  # the source whose areas are those of the first map, in another place
 
 def trials(
     frame: np.ndarray,             # (S, S, 3) float32 in [0, 1]
     maps: dict[str, np.ndarray],   # source -> (h, w)
     seed: list[int],               # of ties, places and noise: seed of the run, number of the clip
 ) -> Iterator[tuple[dict, np.ndarray]]:  # kind, fill, source and area; the frame (S, S, 3)
-    "The frames that the network is asked about."
+    "The frames that the network is asked about: with the areas of each map, and with those of the first map in another place."
     rng, noise = np.random.default_rng(seed), noise_like(frame, seed)
-    for name, heatmap in maps.items():
-        order = removal_order(heatmap, frame.shape[:2], seed)
-        for area in AREAS:
-            own = marked(order, area)
-            for source, region in {name: own, ELSEWHERE + name: elsewhere(own, rng)}.items():
-                for fill in FILLS:
-                    for kind, hole in dict(deletion=region, insertion=~region).items():
-                        yield dict(kind=kind, fill=fill, source=source, area=area), without(frame, hole, fill, noise)
+    orders = {name: removal_order(heatmap, frame.shape[:2], seed) for name, heatmap in maps.items()}
+    for area in AREAS:
+        regions = {name: marked(order, area) for name, order in orders.items()}
+        regions[ELSEWHERE] = elsewhere(next(iter(regions.values())), rng)
+        for (source, region), fill in itertools.product(regions.items(), FILLS):
+            for kind, hole in dict(deletion=region, insertion=~region).items():
+                yield dict(kind=kind, fill=fill, source=source, area=area), without(frame, hole, fill, noise)
 
 # %% ../../nbs/6_evaluate/40_deletion.ipynb #145146ec
 def judged(
@@ -181,18 +181,18 @@ def deletion_metrics(
     for k, (kind, fill, source, area) in enumerate(columns):
         curves.setdefault(kind, {}).setdefault(fill, {}).setdefault(source, {})[str(area)] = found(one[k])
     for kind, sign in dict(deletion=-1, insertion=1).items():
-        for name in [s for s in dict.fromkeys(rows.source) if not s.startswith(ELSEWHERE)]:
+        for name in [s for s in dict.fromkeys(rows.source) if s != ELSEWHERE]:
             fills = {fill: (fill,) for fill in FILLS} | {"all fills": tuple(FILLS)}
             gains = {title: found(sign*np.append(_contrast(columns, kind, chosen, name), 0)) for title, chosen in fills.items()}
             advantage.setdefault(kind, {})[name] = {fill: d | dict(significance=significance(d)) for fill, d in gains.items()}
     return dict(clips=len(clips), whole=found(one[-1]), curves=curves, advantage=advantage)
 
 def _contrast(columns: pd.MultiIndex, kind: str, fills: tuple[str, ...], source: str) -> np.ndarray:
-    "Weights of the mean over areas and fills of a source, minus that of its areas elsewhere."
+    "Weights of the mean over areas and fills of a source, minus that of the areas elsewhere."
     def mean(name):
         chosen = np.array([k == kind and f in fills and s == name for k, f, s, _ in columns], float)
         return chosen/chosen.sum()
-    return mean(source) - mean(ELSEWHERE + source)
+    return mean(source) - mean(ELSEWHERE)
 
 # %% ../../nbs/6_evaluate/40_deletion.ipynb #71f73ff5
 def deletion_words(

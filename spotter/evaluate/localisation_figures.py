@@ -69,8 +69,9 @@ def draw_pooled(
         for k, source in enumerate(sources):
             style = _REFERENCE if source in references else _DETECTOR
             dots(ax, {source: found["scores"][source]}, offset=k, **style)
-        label_rows(ax, sources); ax.set(xlim=(-.03, 1.03), title=f"{group} ({found['clips']} clips with the originals)")
+        label_rows(ax, sources); ax.set(xlim=(-.03, 1.03), title=f"{group} ({found['clips']} clips)")
     figure.legend(handles=_marks(), loc="outside upper right", ncols=3, fontsize="small")
+    figure.supxlabel("average precision over all pixels of the fakes and of all originals", fontsize="small")
     return figure
 
 # %% ../../nbs/6_evaluate/52_localisation_figures.ipynb #e108c38b
@@ -105,14 +106,14 @@ def draw_deletion(
     metrics: dict,  # of `deletion_metrics`
 ) -> Figure:
     "Mean scores with intervals; areas elsewhere are dashed and grey."
-    kinds = dict(deletion="without the area", insertion="with nothing but the area")
+    kinds = dict(deletion="without the area", insertion="with the area alone")
     figure, axes = plt.subplots(len(kinds), len(FILLS), figsize=(9.5, 5), sharex=True, sharey=True, layout="constrained")
     for line, (kind, title) in zip(axes, kinds.items()):
         for ax, fill in zip(line, FILLS):
             for k, (source, found) in enumerate(metrics["curves"][kind][fill].items()): _curve(ax, source, found, k)
             ax.axhline(metrics["whole"]["value"], color=NEUTRAL, lw=.8, ls=":")
             ax.set(ylim=(0, 1.02), title=f"{kind}, fill: {fill}")
-        line[0].set_ylabel(f"mean p_fake {title}", fontsize="small")
+        line[0].set_ylabel(f"mean p_fake\n{title}", fontsize="small")
     figure.supxlabel("share of the crop (dotted: the whole frame; bars: 95 % interval over identity pairs)", fontsize="small")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize="small")
     return figure
@@ -121,5 +122,5 @@ def _curve(ax, source: str, found: dict[str, dict], place: int):
     "Scores of one source over the areas."
     areas = np.array([float(a) for a in found]) + .002*place                    # bars beside each other
     values, lo, hi = (np.array([np.nan if d[k] is None else d[k] for d in found.values()], float) for k in ("value", "lo", "hi"))
-    style = dict(color=NEUTRAL, ls="--") if source.startswith(ELSEWHERE) else dict(color=PALETTE[place])
+    style = dict(color=NEUTRAL, ls="--") if source == ELSEWHERE else dict(color=PALETTE[place])
     ax.errorbar(areas, values, [values - lo, hi - values], lw=1.6, elinewidth=1, label=source, **style)
