@@ -40,7 +40,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="gather what must travel beside the checkout")
     pack.add_argument("out", type=Path, help="folder; made anew, but for the wheels in it")
-    pack.add_argument("--weights", type=Path, nargs="*", default=[], help="state dicts to start from, in half precision")
     run, check = commands.add_parser("run", help="train and evaluate"), commands.add_parser("check", help="measure the device")
     for command in (run, check):
         command.add_argument("--out", type=Path, required=True, help="folder of the results; at most eight files")
@@ -74,23 +73,23 @@ def wheel_command(out: Path) -> str:
             f"--platform manylinux2014_x86_64 --platform any -d {out/'wheels'} {names}")
 
 
-def half_weights(
-    source: Path,   # a state dict of torch.save
+def pack_start(
+    backbone: str,
     target: Path,   # safetensors
 ):
-    "Write the weights of a state dict in half precision; the classifier of ImageNet and counters are left out."
+    "Write the ImageNet weights that a backbone starts from in half precision: the packages that hold them are too large to travel."
     import torch
     from safetensors.torch import save_file
-    state = torch.load(source, map_location="cpu", weights_only=True)
-    classifiers = "_fc.", "classifier."
-    kept = {name: t.half().contiguous() for name, t in state.items() if t.is_floating_point() and not name.startswith(classifiers)}
+    from spotter.model.start_weights import LITE, lite_state
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kept, target, {"source": source.name})
+    save_file({name: t.half().contiguous() if t.is_floating_point() else t for name, t in lite_state(backbone).items()}, target,
+              {"source": LITE[backbone].file, "sha256": LITE[backbone].sha256})
 
 
-def pack(out: Path, weights: list[Path]):
+def pack(out: Path):
     "Gather face tables, reference crops and weights in a folder, and say how to get the wheels."
     from on_gpu import corpus, record
+    from spotter.core import load_params
     clips, _, _ = corpus.read_tables(ROOT/"faces")
     files = corpus.tracked_files(ROOT)
     if lost := [p for p in clips.path if p not in files]:
@@ -99,14 +98,16 @@ def pack(out: Path, weights: list[Path]):
     shutil.rmtree(out, ignore_errors=True); (out/"wheels").mkdir(parents=True)
     for name, data in wheels.items(): (out/"wheels"/name).write_bytes(data)
     for name in corpus.TABLES: shutil.copy(ROOT/"faces"/name, out)
-    for path in weights: half_weights(path, out/"weights"/f"{path.stem}.safetensors")
+    params = load_params(ROOT/"params.yaml")
+    for backbone in {spec.backbone for key, spec in params.models.items() if params.recipe(key).init == "lite"}:
+        pack_start(backbone, out/"start"/f"{backbone}.safetensors")
     corpus.write_references(ROOT/"faces", out/"references")
     record.write(out/"pack.json", dict(data=corpus.data_hash(ROOT), commit=record.commit(ROOT, {})))
     sizes = {p.relative_to(out): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
     for path, size in sizes.items(): print(f"{size/1e6:8.2f} MB  {path}")
     print(f"{sum(sizes.values())/1e6:8.2f} MB  in all, of {LIMIT/1e6:.0f}")
     if not wheels: print(f"The wheels are missing. Get them with\n{wheel_command(out)}")
-    if sum(sizes.values()) > LIMIT: raise SystemExit(f"{out} is larger than the {LIMIT/1e6:.0f} MB that may travel: pack fewer weights")
+    if sum(sizes.values()) > LIMIT: raise SystemExit(f"{out} is larger than the {LIMIT/1e6:.0f} MB that may travel")
 
 
 # ---------------------------------------------------------------- settings and crops
@@ -211,7 +212,8 @@ def one_run(bench: Bench, run: "Run", steps: int, sets: dict, evaluators: "Evalu
     size, val = params.models[run.model].image_size, part.clips.query("split == 'val'")
     clips, inputs = sets["val"]
     seen = inputs[size][clips.clip_id.isin(val.clip_id).to_numpy().nonzero()[0].tolist()]
-    trained = training.train_run(params, run.model, part, bench.crops, seen, lambda: time.monotonic() > deadline)
+    trained = training.train_run(params, run.model, part, bench.crops, seen, lambda: time.monotonic() > deadline,
+                                 training.packed_start(bench.params, run.model, bench.args.pack))
     def logits(x): return training.logits_of(trained.model, x, params.train.precision)
     tests = {name: (clips, logits(inputs[size])) for name, (clips, inputs) in sets.items() if name != "val"}
     found = evaluation.write_verdicts(trained.model, (logits(seen), val.label.to_numpy()), tests, folder)
@@ -219,8 +221,8 @@ def one_run(bench: Bench, run: "Run", steps: int, sets: dict, evaluators: "Evalu
     row = dict(status="cut short" if trained.cut_short else "done", steps=trained.steps, epoch=trained.epoch,
                seconds=round(time.monotonic() - start, 1), images_per_second=round(trained.images/trained.seconds, 1),
                val_auc=float(trained.history.val_auc[trained.epoch]), test_auc=found["auc"])
-    fitted = dict(temperature=trained.model.temperature, threshold=trained.model.threshold, metrics=found)
-    record.write(folder/"run.json", bench.about | dict(run=row, settings=params.model_dump()) | fitted)
+    fitted = {name: getattr(trained.model, name) for name in ("temperature", "bias", "prevalence", "threshold")} | dict(metrics=found)
+    record.write(folder/"run.json", bench.about | dict(run=row, settings=params.model_dump(), init=bench.params.recipe(run.model).init) | fitted)
     weights = bench.scratch/"weights"/f"{run.name}.safetensors"
     evaluation.save_weights(trained, weights, params, run)
     if run.name == bench.args.keep: evaluation.split_checkpoint(weights, bench.args.out, PART)
@@ -324,7 +326,7 @@ def main() -> int:
     root = str((ROOT if args.command == "pack" else args.root).resolve())
     sys.path.insert(0, root)   # processes that evaluate are told
     os.environ |= dict(TQDM_DISABLE="1", CUBLAS_WORKSPACE_CONFIG=":4096:8", HF_HUB_OFFLINE="1")
-    if args.command == "pack": pack(args.out, args.weights); return 0
+    if args.command == "pack": pack(args.out); return 0
     if args.device == "cpu": os.environ["CUDA_VISIBLE_DEVICES"] = ""   # accelerate takes a GPU where it sees one
     settings(args); read_pack(args.pack)   # what is wrong there is said before anything takes long
     import torch

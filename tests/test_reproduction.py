@@ -38,7 +38,7 @@ def write_metrics(folder: Path, machine: dict = EPYC, pooled: float | None = .85
 def project(tmp_path):
     "A project with the metrics of two models, a reference of the same metrics, and no git."
     settings = yaml.safe_load((ROOT/"params.yaml").read_text())
-    settings["models"] = {key: settings["models"]["b0"] for key in ("plain", "full")}
+    settings |= dict(models={key: settings["models"]["b0"] for key in ("plain", "full")}, shipped="full")
     (tmp_path/"params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     write_metrics(tmp_path/"metrics/models/plain", pooled=None)
     write_metrics(tmp_path/"metrics/models/full")
@@ -235,8 +235,8 @@ def test_loader_processes_and_a_stop_change_no_bit_of_a_training(tmp_path, monke
     params = load_params(ROOT/"params.yaml")
     spec = params.models["b0"].model_copy(update=dict(image_size=64, batch_size=2, epochs=2, steps_per_epoch=2))
     def train(out, workers):
-        recipe = params.train.model_copy(update=dict(workers=workers, warmup_steps=0, grow_epochs=0))
-        changed = dict(threads=1, models={"toy": spec}, train=recipe, clips=ClipParams(frames=1, eval_frames=1))
+        recipe = params.train.model_copy(update=dict(workers=workers, warmup_steps=0, grow_epochs=0, sequence_epochs=1))
+        changed = dict(threads=1, models={"toy": spec}, train=recipe, clips=ClipParams(frames=1, last_frames=2, eval_frames=1))
         loop.train(params.model_copy(update=changed), "toy", ToyStore(), out, out/"live", out/"resume")
     train(tmp_path/"whole", 0)
     run_epoch = loop.run_epoch

@@ -13,8 +13,10 @@ from safetensors.torch import save
 
 from spotter.core import Params
 from spotter.evaluate.calibrate import calibrate, scale_heatmaps
+from spotter.evaluate.deletion import deletion_metrics, deletion_rows
 from spotter.evaluate.heatmaps import read_localisation, score_split, write_localisation
 from spotter.evaluate.map_tables import heatmap_metrics
+from spotter.evaluate.pooled import pooled_scores
 from spotter.evaluate.tables import model_metrics, overall_metrics, prediction_table, read_predictions, write_json, write_predictions
 from spotter.model.checkpoint import MEASURED, load_model, save_model
 
@@ -29,7 +31,8 @@ def write_verdicts(
 ) -> dict[str, float]:                  # the metrics of the first table, without intervals
     "Calibrate on validation, and write the prediction tables."
     calibrate(model, *val)
-    tables = {name: prediction_table(clips, logits, model.temperature, model.threshold) for name, (clips, logits) in tests.items()}
+    fitted = model.temperature, model.bias, model.threshold
+    tables = {name: prediction_table(clips, logits, *fitted) for name, (clips, logits) in tests.items()}
     for name, table in tables.items(): write_predictions(table, folder/name)
     return overall_metrics(next(iter(tables.values())))
 
@@ -46,13 +49,18 @@ def evaluate_run(
     model, frames, precision = load_model(weights, device), params.clips.eval_frames, params.train.precision
     sampling = params.evaluate.resamples, params.seed
     table, excluded = read_predictions(folder/"predictions.csv"), store.excluded.query("split == 'test'")
-    metrics = model_metrics(table, excluded, model.temperature, round(float(model.threshold), 6), *sampling)
+    fitted = {name: round(float(getattr(model, name)), 6) for name in ("threshold", "temperature", "bias", "prevalence")}
+    metrics = model_metrics(table, excluded, fitted, *sampling)
     _write(folder, metrics)   # in case that the time is over before the heatmaps are scored
     scale_heatmaps(model, store, frames, precision)
-    scores, thresholds = score_split(model, store, frames, precision, params.seed)
+    scores, thresholds, pool = score_split(model, store, frames, precision, params.seed)
     write_localisation(scores, folder/"localisation.csv")
-    scores = read_localisation(folder/"localisation.csv")
-    _, _, metrics["localisation"] = heatmap_metrics(scores, thresholds, model.heatmap_constants, *sampling)
+    single = heatmap_metrics(read_localisation(folder/"localisation.csv"), thresholds, model.heatmap_constants, *sampling)[2]
+    shown = dict(shown_map=model.shown_map, map_weights=model.map_weights, pooled=pooled_scores(pool, *sampling))
+    metrics["localisation"] = shown | single
+    _write(folder, metrics)   # likewise, before pixels are removed
+    fakes = store.clips.query("split == 'test' and label == 1")
+    metrics["deletion"] = deletion_metrics(deletion_rows(model, store, fakes, precision, params.seed), *sampling)
     _write(folder, metrics)
     (folder/"fitted.json").write_text(json.dumps({name: getattr(model, name) for name in MEASURED}, indent=2) + "\n")
     return metrics | dict(seconds=time.perf_counter() - start)

@@ -3,17 +3,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from spotter.core import Params
 from spotter.data.loader import ClipDataset
 from spotter.data.sampling import sample_positions
 from spotter.data.subset import training_part
 from spotter.model.network import TemporalCNN_GRU
+from spotter.model.start_weights import load_lite
 from spotter.runtime import autocast
 from spotter.train.loop import train_epoch, validation_metrics
 from spotter.train.resume import TrainingState, note_epoch
@@ -57,11 +60,25 @@ def run_params(
     clips: int,      # of a step
     steps: int,      # of the training, all in all
 ) -> Params:
-    "Settings of a run: those of params.yaml, but for seed, batch, length, and processes that load clips."
-    spec = params.models[run.model]
-    spec = spec.model_copy(update=dict(batch_size=clips, accumulation=1, steps_per_epoch=max(1, steps//spec.epochs)))
-    return params.model_copy(update=dict(seed=run.seed, models=params.models | {run.model: spec},
-                                         train=params.train.model_copy(update=dict(workers=0))))
+    "Settings of a run: those of params.yaml, but for seed, batch, length, processes that load clips, and start, see `packed_start`."
+    spec, here = params.models[run.model], dict(workers=0, init="random")
+    own = spec.train.model_copy(update=here)
+    spec = spec.model_copy(update=dict(batch_size=clips, accumulation=1, steps_per_epoch=max(1, steps//spec.epochs), train=own))
+    return params.model_copy(update=dict(seed=run.seed, models=params.models | {run.model: spec}))
+
+
+def packed_start(
+    params: Params,   # of params.yaml
+    key: str,
+    folder: Path,     # that `gpu.py pack` made
+) -> dict[str, torch.Tensor] | None:   # a state for `load_lite`; None for a training that starts from random weights
+    "The weights that a model starts from. `ValueError` for a start that does not travel, `FileNotFoundError` when they were not packed."
+    init = params.recipe(key).init
+    if init not in ("random", "lite"): raise ValueError(f"{key} starts from {init}: only random and lite are packed")
+    path = folder/"start"/f"{params.models[key].backbone}.safetensors"
+    if init == "random": return None
+    if not path.is_file(): raise FileNotFoundError(f"{path}: the weights that {key} starts from were not packed; make the folder again")
+    return {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
 
 
 class DeviceClips:
@@ -75,29 +92,34 @@ class DeviceClips:
 class DeviceLoader:
     "Batches of augmented training clips on the device, in the order of the product's sampler. A function of seed and epoch alone."
     def __init__(self, params: Params, key: str, store: CropStore, crops: DeviceClips):
-        loader = make_loader(params, key, store)   # never iterated: its sampler and what its data set would do are taken over
-        self.data, self.sampler, self.size, self.crops, self.epoch = loader.dataset, loader.sampler, loader.batch_size, crops, 0
+        loader = make_loader(params, key, store)   # never iterated: its batches and what its data set would do are taken over
+        self.data, self.batches, self.crops, self.epoch = loader.dataset, loader.batch_sampler, crops, 0
         device = crops.frames.device
         self.starts = np.array([crops.starts[c] for c in self.data.clip_ids])
         self.counts = self.data.counts
         self.labels = torch.tensor(self.data.labels, device=device)
         self.known = torch.tensor(self.data.mask_known, device=device)
 
-    def __len__(self) -> int: return len(self.sampler)//self.size
+    def __len__(self) -> int: return len(self.batches)
+
+    @property
+    def frames(self) -> int:
+        "Frames of a clip in this epoch."
+        return self.data.frames_at(self.epoch) if self.data.frames_at else self.data.frames
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
-        self.sampler.set_epoch(epoch)
+        self.batches.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict]:
-        rng, order = np.random.default_rng([self.data.seed, self.epoch, 1]), [i for _, _, i in self.sampler]
-        for k in range(len(self)): yield self.batch(np.array(order[k*self.size:(k + 1)*self.size]), rng)
+        rng = np.random.default_rng([self.data.seed, self.epoch, 1])
+        for items in self.batches: yield self.batch(np.array([i for _, _, i in items]), rng)
 
     def batch(self, clips: np.ndarray, rng: np.random.Generator) -> dict:
         "An item of `ClipDataset` for each of the clips, as tensors on the device."
         device = self.crops.frames.device
         side = self.data.side_at(self.epoch) if self.data.side_at else self.data.image_size
-        places = [self.starts[i] + sample_positions(self.counts[i], self.data.frames, rng.random()) for i in clips]
+        places = [self.starts[i] + sample_positions(self.counts[i], self.frames, rng.random()) for i in clips]
         places, chosen = torch.from_numpy(np.stack(places)).to(device), torch.from_numpy(clips).to(device)
         draws = draw(self.data.augment, self.crops.frames.shape[1], len(clips), rng)
         frames, masks = augment(self.crops.frames[places], self.crops.masks[places], draws, side)
@@ -126,10 +148,9 @@ def logits_of(model: TemporalCNN_GRU, inputs: torch.Tensor, precision: str, clip
 
 def train_steps(session: Session, batches: Iterable[dict]) -> float:
     "Train on batches with the session's recipe; their mean loss."
-    recipe = session.params.train
-    mask_weight = recipe.mask_loss if session.params.models[session.key].use_multiscale else 0
+    recipe = session.params.recipe(session.key)
     return train_epoch(session.accelerator, session.model, batches, session.loss_fn, session.optimizer, session.scheduler,
-                       recipe.clip_norm, mask_weight)
+                       recipe.clip_norm, recipe.mask_loss)
 
 
 def begin(
@@ -137,9 +158,11 @@ def begin(
     key: str,
     store: CropStore,       # that is trained on
     crops: DeviceClips,     # of its training clips, and perhaps of others
+    start: dict | None = None,  # of `packed_start`
 ) -> tuple[Session, DeviceLoader]:
     "A session of `spotter.train`, and the loader on the device that replaces its own."
     session = start_session(params, key, store)
+    if start: load_lite(session.bare.feature_extractor.net, start)
     torch.utils.deterministic.fill_uninitialized_memory = False   # for debugging only, and it costs a kernel for each new tensor
     return session, DeviceLoader(params, key, store, crops)
 
@@ -163,18 +186,19 @@ def train_run(
     crops: DeviceClips,
     inputs: torch.Tensor,       # of the store's validation clips, see `staged`
     over: Callable[[], bool] = lambda: False,  # asked after each epoch: whether to stop
+    start: dict | None = None,  # of `packed_start`
 ) -> Trained:
     "Train a model and keep the weights of the epoch that `note_epoch` prefers."
-    session, loader = begin(params, key, store, crops)
-    labels, recipe, now = store.clips.query("split == 'val'").label.to_numpy(), params.train, TrainingState("")
+    session, loader = begin(params, key, store, crops, start)
+    labels, recipe, now = store.clips.query("split == 'val'").label.to_numpy(), params.recipe(key), TrainingState("")
     best, steps, images, spent = None, 0, 0, 0.
     while len(now.history) < params.models[key].epochs and now.waited < recipe.patience and not (now.history and over()):
         epoch, rate = len(now.history), session.optimizer.param_groups[0]["lr"]
-        if epoch == recipe.unfreeze_epoch: session.bare.unfreeze()
+        if epoch >= recipe.unfreeze_epoch: session.bare.unfreeze()
         loader.set_epoch(epoch)
-        start = time.perf_counter()
+        began = time.perf_counter()
         loss = train_steps(session, loader)   # reads the loss, so the device is done
-        seconds, seen = time.perf_counter() - start, len(loader)*loader.size*loader.data.frames
+        seconds, seen = time.perf_counter() - began, len(loader)*loader.batches.batch_size*loader.frames
         steps, images, spent = steps + len(loader), images + seen, spent + seconds
         scores = validation_metrics(logits_of(session.bare, inputs, recipe.precision), labels, session.loss_fn)
         row = dict(epoch=epoch, train_loss=loss, **scores, learning_rate=rate)

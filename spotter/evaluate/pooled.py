@@ -89,7 +89,7 @@ def pooled_scores(
 # %% ../../nbs/6_evaluate/25_pooled.ipynb #fb0c8022
 def listed(names: list[str]) -> str:
     "Names as a part of a sentence: a, b and c."
-    return " and ".join(", ".join(names).rsplit(", ", 1))
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 # %% ../../nbs/6_evaluate/25_pooled.ipynb #c91f6c88
 def compared(

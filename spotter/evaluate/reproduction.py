@@ -278,7 +278,7 @@ def verify(
     reference, own, spread = read_reference(root), own_runs(root, params), read_spread(root)
     both = [key for key in reference if key in own]
     if not both:
-        return "undetermined", _wrapped(f"No reference for {', '.join(own)}: `spotter verify --record` writes {root/REFERENCE}.")
+        return "undetermined", _wrapped(f"No reference for {', '.join(own)}: `spotter verify --record` writes {REFERENCE}.")
     tables = {key: compare(key, reference[key], own[key], spread) for key in both}
     verdicts = {key: model_verdict(reference[key], own[key], table) for key, table in tables.items()}
     parts = [model_text(key, reference[key], own[key], table) for key, table in tables.items()]

@@ -109,9 +109,9 @@ def take_imagenet_input(net: nn.Module):
     net.conv_stem.weight.copy_(weight * std*255/128)
 
 # %% ../../nbs/2_model/45_start_weights.ipynb #48e57f5f
-def load_lite(net: nn.Module, backbone: str):
-    "Load the weights of the EfficientNet-Lite that fits a backbone; what these lack keeps its values. Raises as `lite_file` does."
-    grow(net, lite_state(backbone))
+def load_lite(net: nn.Module, state: dict[str, torch.Tensor]):
+    "Load the weights of an EfficientNet-Lite, see `lite_state`; what these lack keeps its values. `ValueError` where they do not fit."
+    grow(net, state)
     open_squeeze_excite(net)
     take_imagenet_input(net)
 
@@ -149,7 +149,7 @@ def start_record(
 def load_start(model: TemporalCNN_GRU, init: str):
     "Load the weights that a training starts from. `ValueError` when they are another architecture's; raises as `start_file` does."
     start, net = start_file(init, model.config["backbone"]), model.feature_extractor.net
-    if start.kind == "lite": load_lite(net, model.config["backbone"])
+    if start.kind == "lite": load_lite(net, lite_state(model.config["backbone"]))
     elif start.kind == "imagenet": load_imagenet(net, start.path)
     elif start.kind == "checkpoint": _load_same(model, start.path)
 
