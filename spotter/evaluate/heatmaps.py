@@ -22,10 +22,9 @@ from .references import Priors, randomised, reference_maps, training_priors
 from .tables import with_interval
 from ..explain.clips import loaded_clips
 from ..explain.gradcam import Evidence, MultiScaleGradCAM
-from ..explain.shown import shown_map
+from ..explain.shown import clip_probability, shown_map
 from ..metrics.bootstrap import aligned, bootstrap_rows, interval
 from ..metrics.localisation import HALF, SCORES, choose_iou_threshold, localisation_metrics, share_above_threshold
-from ..model.logits import p_fake
 from ..model.network import TemporalCNN_GRU
 from ..runtime import progress
 
@@ -36,15 +35,13 @@ def network_maps(
 ) -> tuple[dict[str, np.ndarray], float]:  # {source: (T, h, w) ≥ 0}, p_fake
     "Every map that a network gives of a clip, and its verdict."
     evidence = explainer.explain(clip.to(next(explainer.model.parameters()).device))
-    return _sources(explainer.model, evidence), _p_fake(explainer.model, evidence)
+    return _sources(explainer.model, evidence), clip_probability(explainer.model, evidence.logits).item()
 
 def _sources(model: TemporalCNN_GRU, evidence: Evidence) -> dict[str, np.ndarray]:
     "Maps (T, h, w) of a batch of one clip, by the name of their source."
     extra = {"attention": evidence.attention, "mask head": evidence.mask}
     maps = dict(shown=shown_map(model, evidence)) | evidence.maps | {name: m for name, m in extra.items() if m is not None}
     return {name: m[0].cpu().numpy() for name, m in maps.items()}
-
-def _p_fake(model: TemporalCNN_GRU, evidence: Evidence) -> float: return p_fake(evidence.logits[0], model.temperature, model.bias).item()
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #5eb723e3
 def freeze_thresholds(

@@ -23,10 +23,9 @@ from ..data.faces import Detect, NoFaceError, make_detector
 from ..data.loader import to_input
 from ..data.video import DamageWarning, VideoError, count_decodable, iter_frames, video_length
 from ..explain.gradcam import MultiScaleGradCAM, frame_scores
-from ..explain.shown import shown_map
+from ..explain.shown import clip_probability, shown_map
 from ..model import legacy
 from ..model.checkpoint import CheckpointInfo, inspect_checkpoint, load_model
-from ..model.logits import p_fake
 from .diagnostic import write_diagnostic
 from .fetch import fetch
 from .windows import FRAMES, MIN_FRAMES, Sighting, Window, cut_out, plan_windows, same_people
@@ -118,8 +117,7 @@ class Detector:
                     image_size=self.model.image_size, use_multiscale=info.use_multiscale, use_attention=info.use_attention,
                     temperature=self.model.temperature, bias=self.model.bias, prevalence=self.model.prevalence,
                     threshold=self.model.threshold, shown_map=self.model.shown_map, frames=self.frames, windows=self.windows,
-                    precision=self.precision,
-                    device=str(self.device), missing=info.missing, ignored=info.ignored)
+                    precision=self.precision, device=str(self.device), missing=info.missing, ignored=info.ignored)
 
 # %% ../../nbs/7_predict/20_detector.ipynb #f783645d
 def watch(
@@ -195,7 +193,7 @@ def judge(self: Detector,
 def _person(self: Detector, sightings: list[Sighting], said: list[tuple], probes: int) -> Person:
     "Put the windows of a person together; frames that were repeated for the network are told once."
     logits, scores, maps = zip(*said)
-    p = p_fake(torch.stack(logits).mean(0), self.model.temperature, self.model.bias).item()
+    p = clip_probability(self.model, torch.stack(logits).mean(0)).item()
     _, once = np.unique(np.concatenate([s.indices for s in sightings]), return_index=True)
     def joined(name): return np.concatenate([getattr(s, name) for s in sightings])[once]
     return Person("fake" if p >= self.model.threshold else "real", p, sum(s.seen for s in sightings)/probes,
