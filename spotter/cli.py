@@ -33,7 +33,7 @@ def synth(
     pairs: Annotated[int, typer.Option(min=3, help="Identity pairs, split 6 : 1 : 3 into train, val and test.")] = 80,
     frames: Annotated[int, typer.Option(min=1, help="Frames per clip.")] = 24,
     fps: Annotated[int, typer.Option(min=1, help="Frames per second.")] = 25,
-    size: Annotated[int, typer.Option(min=64, help="Side of a frame in pixels, even.")] = 256,
+    size: Annotated[int, typer.Option(min=64, help="Side of a frame in pixels, even.")] = 336,
     samples: Annotated[int, typer.Option(min=1, help="Rays per pixel: quality against time.")] = 8,
     strength: Annotated[Optional[list[str]], typer.Option(
         help="Strength of the fakes: obvious, medium or hard. Repeat to mix. [default: all three]")] = None,

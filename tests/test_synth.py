@@ -274,10 +274,10 @@ def test_other_settings_are_refused(reference):
         with pytest.raises(ValueError, match=said): synthesise(reference, **TINY | other, workers=0)
 
 def test_a_set_of_another_version_is_refused(tmp_path):
-    old = dict(pairs=[18, 5, 9], frames=16, fps=25, size=256, samples=16, grades=["obvious", "medium"], seed=0, crf=23, version=1)
+    old = dict(pairs=[18, 5, 9], frames=16, fps=25, size=256, samples=16, strengths=["obvious", "medium"], seed=0, crf=23, version=1)
     (tmp_path/"synth.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="version is 1, asked for 4"): synthesise(tmp_path)
-    with pytest.raises(ValueError, match="records version 1 of the procedure, this is version 4"): check_set(tmp_path)
+    with pytest.raises(ValueError, match="version is 1, asked for 5"): synthesise(tmp_path)
+    with pytest.raises(ValueError, match="records version 1 of the procedure, this is version 5"): check_set(tmp_path)
 
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path/"holiday.txt").touch()

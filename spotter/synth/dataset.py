@@ -166,7 +166,7 @@ def synthesise(
     pairs=80,                        # identity pairs in all, or (train, val, test)
     frames: int = 24,                # of a clip
     fps: int = 25,
-    size: int = 256,                 # side of a frame in pixels
+    size: int = 336,                 # side of a frame in pixels
     samples: int = 8,                # rays per pixel
     strengths=STRENGTHS,             # of the fakes, dealt out in turn
     seed: int = 0,

@@ -53,7 +53,7 @@ EXTENT = {"face": 1., "lower": .67, "mouth": .44} | dict.fromkeys(_SMALL, .34)  
 PLAIN = ("nose", "left cheek", "right cheek")
 
 _REGIONS = {"Deepfakes": {"face": 1.}, "FaceSwap": {"face": 1.}, "NeuralTextures": {"mouth": 1.},   # with their chances
-            "Face2Face": {"face": .25, "lower": .25} | dict.fromkeys(("left eye", "right eye", *PLAIN), .1)}
+            "Face2Face": {"lower": .4} | dict.fromkeys(("left eye", "right eye"), .15) | dict.fromkeys(PLAIN, .1)}
 
 # %% ../../nbs/8_synth/40_manipulations.ipynb #263ba45c
 def draw_recipe(

@@ -17,7 +17,7 @@ from ..data.corpora import SPLITS
 from .manipulations import METHODS, STRENGTHS, Recipe, draw_recipe
 
 # %% ../../nbs/8_synth/45_plan.ipynb #567b8401
-VERSION = 4   # raised by every change of the procedure that changes the clips; the datasheet has the log
+VERSION = 5   # raised by every change of the procedure that changes the clips; the datasheet has the log
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,7 +27,7 @@ class Settings:
     fps: int
     size: int                        # side of a frame in pixels
     samples: int                     # rays per pixel
-    grades: tuple[str, ...]          # strengths, dealt out in turn; the field's name is the key in synth.json
+    strengths: tuple[str, ...]       # dealt out in turn
     seed: int
     crf: int = 23                    # H.264 quality of every clip: FaceForensics++'s c23
     test_crf: int = 40               # of a second coding of the clips of the test split: c40
@@ -71,7 +71,7 @@ def plan_fakes(settings: Settings) -> list[tuple[str, str, Recipe]]:  # target, 
             for m, method in enumerate(METHODS):
                 way = method, method in ways[int(a)//2 % len(ways)]
                 target, source = (a, b) if way[1] else (b, a)
-                strength = deal_strength(settings.grades, dealt[way], way[1], m)
+                strength = deal_strength(settings.strengths, dealt[way], way[1], m)
                 dealt[way] += 1
                 fakes.append((target, source, draw_recipe(method, strength, f"{target}_{source}", settings.seed)))
     return fakes
