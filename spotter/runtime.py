@@ -44,6 +44,7 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     if threads: torch.set_num_threads(resolve_threads(threads))
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False   # NaN in every new tensor: for debugging, a seventh of a step
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # %% ../nbs/0_core/10_runtime.ipynb #05fa77be

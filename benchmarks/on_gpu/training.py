@@ -181,7 +181,6 @@ def begin(
     "A session of `spotter.train`, and the loader on the device that replaces its own."
     session = start_session(params, key, store)
     if start: load_lite(session.bare.feature_extractor.net, start)
-    torch.utils.deterministic.fill_uninitialized_memory = False   # for debugging only, and it costs a kernel for each new tensor
     return session, DeviceLoader(params, key, store, crops)
 
 
