@@ -42,8 +42,11 @@ def auto_or_count(least: int):  # a type for a field of a section
 class DataParams(Section):
     "Which corpus is used, and where it is."
     root: str                                      # folder of the corpus, relative to the project
-    layout: Literal["ffpp"]                        # folder layout, see `spotter.data.corpora`
-    compression: Literal["raw", "c23", "c40"]      # compression level of the videos for training and test
+    layout: Literal["auto", "ffpp", "dfd", "celeb_df", "dfdc", "dfdc_preview", "deeper_forensics", "df40",
+                    "folders", "split_folders", "manifest"]    # see `spotter.data.corpora`
+    compression: Literal["raw", "c23", "c40"]      # compression level of the videos, in corpora that have levels
+    splits: Literal["official", "own"]             # the corpus's own split, or one that deals people out
+    split_seed: int = Field(ge=0)                  # of what is dealt out
 
 # %% ../nbs/0_core/00_core.ipynb #70d60bdb
 class FaceParams(Section):

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from spotter.core import AugmentParams, find_root, load_params
-from spotter.data.corpora import COLUMNS, CorpusError, index_dataset
+from spotter.data.corpora import CorpusError, index_dataset
+from spotter.data.table import COLUMNS
 from spotter.data.faces import BOX_STEP, DETECTORS, NoFaceError, crop_boxes, crop_face, face_clip, link_tracks, make_detector
 from spotter.data.loader import MEAN, STD, ClipDataset, to_input
 from spotter.data.prepare import prepare_corpus
@@ -106,7 +107,7 @@ def test_leaking_or_broken_splits_are_refused(tmp_path, splits, culprit):
 
 
 def test_missing_corpus_is_named(tmp_path):
-    with pytest.raises(CorpusError, match="nowhere.*ffpp"): index_dataset(tmp_path/"nowhere")
+    with pytest.raises(CorpusError, match="nowhere.*auto"): index_dataset(tmp_path/"nowhere")
     with pytest.raises(CorpusError, match="original_sequences/youtube"): index_dataset(tmp_path)
 
 

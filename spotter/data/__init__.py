@@ -2,7 +2,8 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "corpora": ["CorpusError", "index_dataset"],
+    "table": ["CorpusError"],
+    "corpora": ["index_dataset"],
     "video": ["VideoError"],
     "faces": ["NoFaceError"],
     "sampling": ["BalancedSampler", "sample_positions"],

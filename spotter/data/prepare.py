@@ -15,7 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import Params, find_root
-from .corpora import COLUMNS, index_dataset
+from .corpora import index_corpus
+from .table import COLUMNS
 from .faces import DETECTORS, make_detector, prepare_clip
 from .store import ClipStore
 from ..runtime import in_processes, progress, resolve_threads
@@ -66,7 +67,7 @@ def prepare_corpus(
     Raises `CorpusError` for a corpus that is not one, and `ValueError` for an unknown detector or when no clip is left."""
     root, out = Path(root or find_root()/params.data.root).resolve(), Path(out)
     make_detector(params.faces.detector, params.faces.min_score)  # an unknown name is refused here, not in the processes
-    rows = index_dataset(root, params.data.layout, params.data.compression).to_dict("records")
+    rows = index_corpus(params.data, root).to_dict("records")
     job = partial(prepare_clip, root=root, faces=params.faces, factory=DETECTORS[params.faces.detector])
     workers = resolve_threads(params.threads) if workers is None else workers
     _clear(out)

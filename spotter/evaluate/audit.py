@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ..core import FaceParams, Params, find_root
-from ..data.corpora import index_dataset
+from ..data.corpora import index_corpus
 from ..data.faces import Detect, make_detector
 from ..data.sampling import sample_positions
 from ..data.video import iter_frames, read_frames, write_video
@@ -266,7 +266,7 @@ def measure_corpus(
     "Measure the clips of a corpus. Clips in no split are left out. Raises `ValueError` for clips that are not H.264 of a known level."
     if params.data.compression == "raw": raise ValueError("the audit compares with a second coding: choose c23 or c40, not raw")
     root = Path(root or find_root()/params.data.root)
-    index = index_dataset(root, params.data.layout, params.data.compression)
+    index = index_corpus(params.data, root)
     index = sample_pairs(index[index.split != ""], sample)
     targets = [g.to_dict("records") for _, g in index.groupby("target_id")]
     job = partial(measure_target, root=root, faces=params.faces, every=every or params.faces.every, frames=frames)

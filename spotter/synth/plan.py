@@ -13,7 +13,7 @@ from itertools import combinations
 
 import pandas as pd
 
-from ..data.corpora import SPLITS
+from ..data.table import SPLITS
 from .manipulations import METHODS, STRENGTHS, Recipe, draw_recipe
 
 # %% ../../nbs/8_synth/45_plan.ipynb #567b8401
