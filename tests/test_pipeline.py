@@ -129,7 +129,7 @@ def test_everything_of_a_model_is_in_its_folders(project):
 def test_the_corpus_and_the_comparison_are_reported(project):
     names = [f"metrics/{name}.csv" for name in ("comparison", "localisation", "excluded", "audit", "audit_clips", "baseline/predictions")]
     names += [f"metrics/{name}.json" for name in ("comparison", "audit", "baseline/metrics")]
-    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "ship", "compare")]
+    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "baseline", "ship", "compare")]
     assert not (missing := [name for name in names if not (project/name).is_file()]), missing
     assert json.loads((project/"metrics"/"comparison.json").read_text())["arms"] == list(project.models)
 
@@ -245,7 +245,7 @@ def test_a_change_of_figures_intervals_or_commands_retrains_nothing(project):
     for path, text in zip(files, before): path.write_text(f"{text}\n# changed\n")
     changed = project.changed("dvc.yaml")
     for path, text in zip(files, before): path.write_text(text)
-    assert changed == {"audit", "compare"} | {f"evaluate@{key}" for key in project.models}
+    assert changed == {"audit", "baseline", "compare"} | {f"evaluate@{key}" for key in project.models}
 
 
 @all_models
