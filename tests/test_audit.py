@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from spotter.core import find_root, load_params
 from spotter.data.corpora import index_dataset
 from spotter.data.video import probe, read_frames, write_video
-from spotter.evaluate.audit import (BOUNDS, auc, bounds_table, compared_fakes, difference, holds, measure_corpus, out_of_fold, shortcuts,
+from spotter.evaluate.audit import (BOUNDS, DIFFERENCES, auc, bounds_table, compared_fakes, difference, holds, measure_corpus, out_of_fold, shortcuts,
                                     single_features, two_codings, with_intervals)
 from spotter.evaluate.features import GROUPS, MIN_BACKGROUND, file_features
 from spotter.evaluate.references import pixel_ap
@@ -215,10 +215,11 @@ def made_up(shift, pairs=20, seed=0):
     for k in range(pairs):
         for t, s in ((2*k, 2*k + 1), (2*k + 1, 2*k)):
             own = {f"{g}.x": rng.normal() for g in GROUPS}
-            for label in (0, 1, 1):
+            for n, label in enumerate((0, 1, 1)):
                 values = {c: v + .1*rng.normal() for c, v in own.items()}
                 values["background.x"] += shift*label
-                who = dict(label=label, method="swap" if label else "real", target_id=f"{t:03d}", source_id=f"{s:03d}" if label else "")
+                who = dict(clip_id=f"{t:03d}/{n}", label=label, method="swap" if label else "real", target_id=f"{t:03d}",
+                           source_id=f"{s:03d}" if label else "", original=f"{t:03d}/0" if label else "")
                 rows.append(who | values)
     return pd.DataFrame(rows)
 
@@ -253,5 +254,7 @@ def test_auc_and_pixel_ap_agree_with_scikit_learn(seed):
 
 def test_a_bound_that_cannot_be_judged_does_not_hold():
     found = pd.DataFrame([dict(group="file", value=.5, lo=math.nan, hi=math.nan)])
-    table = bounds_table(found, pd.DataFrame(dict(ratio=[math.nan])), {}, dict(centre=dict(all=dict(value=math.nan))))
-    assert set(table["holds"]) == {"no"}
+    undefined = dict.fromkeys(DIFFERENCES, math.nan) | dict(outside=0.)   # two equal codings: a ratio of nothing to nothing
+    looked = pd.DataFrame([dict(clip_id="swap/0", method="swap", strength="", target_id="0", source_id="1", split="test") | undefined])
+    table = bounds_table(found, looked, {}, dict(centre=dict(all=dict(value=math.nan))))
+    assert set(table["holds"]) == {"no"} and set(table.check) == {"shortcut", "surroundings", "inside", "prior"}

@@ -220,7 +220,7 @@ def test_rotation_is_followed(detector, frames, tmp_path):
     beside = np.pad(frames, ((0, 0), (0, 0), (0, 128), (0, 0)))   # neither square nor with the face in the middle
     paths = encode(tmp_path/"a.mp4", beside), rotated(tmp_path/"b.mp4", beside)
     upright, turned = (detector.analyze(path, heatmaps=False) for path in paths)
-    assert turned.size == upright.size == (384, 256)
+    assert turned.size == upright.size == (464, 336)
     assert turned.people[0].boxes == pytest.approx(upright.people[0].boxes, abs=6)
 
 

@@ -141,7 +141,7 @@ def test_a_fake_differs_from_its_original_inside_the_mask_only(method, step):
 @bundled
 def test_the_set_is_small():
     sizes = {p.relative_to(DATA).as_posix(): p.stat().st_size for p in DATA.rglob("*.*") if p.is_file()}
-    assert sum(sizes.values()) < 20e6
+    assert sum(sizes.values()) < 24e6
     assert sum(n for p, n in sizes.items() if p.startswith("checks/")) < 3e5
 
 
@@ -159,7 +159,7 @@ def settings(reference): return read_settings(reference)
 
 def test_the_tiny_set_is_complete(reference, settings):
     made = plan_manifest(settings)
-    assert settings == make_settings(fps=25, strengths=STRENGTHS, **TINY) and settings.version == 4
+    assert settings == make_settings(fps=25, strengths=STRENGTHS, **TINY) and settings.version == 5
     assert set(videos(reference)) == listed(made) == {f for files in jobs_of(settings) for f in files if f.endswith(".mp4")}
     for row in fakes_of(reference):
         fake, original, mask = paths(reference, row)

@@ -296,7 +296,7 @@ def compared_fakes(
 ) -> pd.DataFrame:  # clip_id, method, strength, target_id, source_id, split, `DIFFERENCES`, holds
     "The fakes that were compared with their original, and whether each is within the bounds."
     looked = looked.reindex(columns=list(dict.fromkeys([*looked, *DIFFERENCES])))
-    fakes = looked[looked.ratio.notna()].reset_index(drop=True)
+    fakes = looked[looked.outside.notna()].reset_index(drop=True)
     return fakes[["clip_id", "method", "strength", "target_id", "source_id", "split", *DIFFERENCES]].assign(holds=holds(fakes))
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #24a03a7d
@@ -327,10 +327,10 @@ def bounds_table(
     rows = [_row("shortcut", r["group"], r, BOUNDS["auc"], r["hi"]) for r in found.to_dict("records")]
     if len(fakes := compared_fakes(looked)):
         for name in ("ratio", "brightness", "contrast", "shift", "blur"):
-            worst = float(fakes[name].abs().max())
+            worst = float(fakes[name].abs().max(skipna=False))
             rows.append(_row("surroundings", name, dict(value=worst), BOUNDS[name], worst))
         for name, column in (("inside", "inside_ratio"), ("clear", "clear")):
-            least = float(fakes[column].min())
+            least = float(fakes[column].min(skipna=False))
             rows.append(_row("inside", name, dict(value=least), BOUNDS[name], least, at_most=False))
     rows += [_row("detector", m, share, BOUNDS["found"], share["value"], at_most=False) for m, share in detected.items() if m != "all"]
     if prior: rows.append(_row("prior", "centre", prior["centre"]["all"], BOUNDS["prior"], prior["centre"]["all"]["value"]))
