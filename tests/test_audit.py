@@ -15,8 +15,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from spotter.core import find_root, load_params
 from spotter.data.corpora import index_dataset
 from spotter.data.video import probe, read_frames, write_video
-from spotter.evaluate.audit import (BOUNDS, DIFFERENCES, auc, bounds_table, compared_fakes, difference, holds, measure_corpus, out_of_fold, shortcuts,
-                                    single_features, two_codings, with_intervals)
+from spotter.evaluate.audit import (BOUNDS, DIFFERENCES, auc, bounds_table, compared_fakes, difference, holds, measure_corpus,
+                                    out_of_fold, shortcuts, single_features, two_codings, with_intervals)
 from spotter.evaluate.features import GROUPS, MIN_BACKGROUND, file_features
 from spotter.evaluate.references import pixel_ap
 
