@@ -55,7 +55,8 @@ def with_intervals(table: pd.DataFrame, scores: np.ndarray, resamples: int, seed
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #a014ba74
 def fold_groups(table: pd.DataFrame) -> pd.Series:   # one name for each row; rows of one name stay together
-    "Groups for cross-validation: the independent units, or the targets where everybody is connected with everybody."
+    """Groups for cross-validation: the independent units. Where everybody is connected with everybody there is one unit, so the targets
+    are the groups, and a source's face may be on both sides."""
     units = identity_units(table)
     return units if units.nunique() > 1 else table.target_id
 
@@ -240,15 +241,20 @@ def measure_family(
     videos = [_decode(root/r["path"], frames) for r in rows]
     tracks = [face_track(v, _detector(faces.detector, faces.min_score), every) for v in videos]
     original, (track, _) = videos[0], tracks[0]
-    behind = backdrop(list(track.values()), original.shape[1:3]) if track else np.zeros(original.shape[1:3], bool)
+    behind = _backdrop(track, original)
     codings = two_codings(original, crf=CRFS[first["compression"]]) if compared else None
     looked = []
     for row, video, (track, probed) in zip(rows, videos, tracks):
-        face = dict(probed=probed, found=len(track), background=float(behind.mean()))
+        here = behind if video.shape[1:3] == behind.shape else _backdrop(track, video)   # a family may hold videos of several sizes
+        face = dict(probed=probed, found=len(track), background=float(here.mean()))
         masks = _decode(root/row["mask_path"], frames)[..., 0] > 127 if compared and row["mask_path"] else None
-        found = clip_features(root/row["path"], video, behind) | _compare(root/row["path"], original, video, masks, codings, behind)
+        found = clip_features(root/row["path"], video, here) | _compare(root/row["path"], original, video, masks, codings, here)
         looked.append(row | face | found)
     return looked
+
+def _backdrop(track: dict, video: np.ndarray) -> np.ndarray:   # (H, W) bool
+    "Background of a video; nothing where no face was found."
+    return backdrop(list(track.values()), video.shape[1:3]) if track else np.zeros(video.shape[1:3], bool)
 
 def _compare(path: Path, original: np.ndarray, fake: np.ndarray, masks: np.ndarray | None, codings: tuple, behind: np.ndarray) -> dict:
     "`difference` and `stray`, the share of the mask that lies in the background; nothing for a clip without masks."
