@@ -369,6 +369,9 @@ def test_pooled_intervals_are_the_bootstrap_of_spotter_metrics():
     def slow(rows): return dict(ap=pooled_ap(*(np.concatenate([part[k] for k in rows.k]) for part in (pool.maps["shown"], pool.masks))))
     expected = bootstrap_intervals(pd.DataFrame(pool.clips).assign(k=range(12)), slow, 50, 3)["ap"]
     assert pooled_scores(pool, 50, 3)[ALL]["scores"]["shown"] == pytest.approx(expected, abs=1e-3)
+    for k, clip in enumerate(pool.clips): clip |= dict(target_id=str(k//2), source_id=str((k//2 + 1) % 6)*clip["label"])    # a ring
+    expected = bootstrap_intervals(pd.DataFrame(pool.clips).assign(k=range(12)), slow, 50, 3)["ap"]
+    assert pooled_scores(pool, 50, 3)[ALL]["scores"]["shown"] == pytest.approx(expected, abs=1e-3)
     with pytest.raises(ValueError, match="maps of other, the clips before it of shown"):
         pool.add(pool.clips[0], dict(other=np.ones((2, 7, 7))), np.zeros((2, 56, 56), bool))
 
