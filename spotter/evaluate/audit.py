@@ -351,5 +351,6 @@ def audit_metrics(
                 for group, rows in single.groupby("group", sort=False)}
     return dict(n=dict(clips=len(looked), fakes=len(fakes), units=np.unique(resampling_units(looked)).size),
                 shortcuts={r["group"]: of(r) for r in found.to_dict("records")}, features=features,
-                surroundings={m: mean_by_method(fakes, fakes[m], resamples, seed, (0., np.inf)) for m in DIFFERENCES[:4] + ["inside_ratio"]},
+                surroundings={m: mean_by_method(fakes, fakes[m], resamples, seed, (0., np.inf))
+                              for m in DIFFERENCES[:4] + ["inside_ratio"]},
                 detector=detected, prior=prior)

@@ -21,7 +21,7 @@ from scipy.special import ndtri, stdtrit
 def identity_units(
     table: pd.DataFrame,  # with target_id and source_id as text; source_id is missing or empty for a real clip
 ) -> pd.Series:  # for each row the name of its component: its first identity, in alphabetical order
-    "Connected component of each row. `ValueError` for identities that are numbers (000 and 0 would be one) and for clips without a target."
+    "Connected component of each row. `ValueError` for identities that are numbers (000 and 0 would be one) or for no target."
     names, (target, _), component = _graph(table)
     return pd.Series(_first(names, component)[target], index=table.index, name="unit")
 
@@ -42,7 +42,7 @@ def _first(names: np.ndarray, component: np.ndarray) -> np.ndarray:
 
 def _identity(table: pd.DataFrame, column: str) -> pd.Series:
     "An identity column with empty text as missing."
-    if column not in table: raise ValueError(f"the table lacks the column {column}: without identities it is not known what is independent")
+    if column not in table: raise ValueError(f"the table lacks the column {column}: which clips are independent?")
     values = table[column]
     if pd.api.types.is_numeric_dtype(values) and values.notna().any():
         raise ValueError(f"{column} holds numbers: read the table with `read_predictions` (or dtype=str), which keeps 000 apart from 0")
@@ -95,7 +95,7 @@ def resampled_rows(
     "Row positions of each bootstrap resample: all rows of the units that are drawn with replacement."
     return (np.repeat(np.arange(len(units)), weights) for weights in drawn_weights(units, resamples, seed))
 
-# %% ../../nbs/4_metrics/30_bootstrap.ipynb #a0904bcd
+# %% ../../nbs/4_metrics/30_bootstrap.ipynb #b79b03a8
 def couple_weights(
     units: pd.DataFrame,  # (N, 2) of `resampling_units`
     resamples: int,
@@ -113,7 +113,7 @@ def couple_factor(
     samples: np.ndarray,  # (R, …) metrics of resamples that draw units
     couples: np.ndarray,  # (R2, …) the same of resamples that draw couples
 ) -> np.ndarray:  # (…) between 0.58 and 1
-    "What the deviations of `samples` are multiplied with, so that noise of one couple alone counts once. Undefined resamples are left out."
+    "Factor for the deviations of `samples`, so that noise of one couple alone counts once. Undefined resamples are left out."
     total, alone = (np.nanvar(np.where(np.isfinite(x), x, math.nan), 0) for x in (samples, couples))
     return np.sqrt(np.maximum(1 - 2*np.divide(alone, total, out=np.zeros_like(total), where=total > 0), 1/3))
 
@@ -153,7 +153,7 @@ def _units_behind(of: Callable, shape: tuple, table: pd.DataFrame, units: pd.Dat
     each = [np.where(needs[c], effective_units(units.iloc[parts[c]]), np.inf) for c in (0, 1)]
     return np.where(needs[0] | needs[1], np.minimum(*each), n)
 
-# %% ../../nbs/4_metrics/30_bootstrap.ipynb #510d8bc7
+# %% ../../nbs/4_metrics/30_bootstrap.ipynb #d2d97156
 SHARE, DIFFERENCE = (0., 1.), (-1., 1.)   # what a metric, and a difference of two metrics, may be
 
 def interval(
@@ -163,7 +163,7 @@ def interval(
     bounds: tuple[float, float] = (-math.inf, math.inf),  # smallest and largest possible value
     level: float = .95,
 ) -> dict[str, float]:      # value, lo, hi
-    "Percentile interval, widened for few units; Wilson's where all resamples are at the same bound. `ValueError` for a value out of bounds."
+    "Percentile interval, widened for few units; Wilson's where all resamples are at one bound. `ValueError` for a value out of bounds."
     if not bounds[0] - 1e-9 <= value <= bounds[1] + 1e-9 and not math.isnan(value):
         raise ValueError(f"a value of {value:g} where only {bounds[0]:g} to {bounds[1]:g} is possible")
     defined, undefined = samples[np.isfinite(samples)], dict(value=float(value), lo=math.nan, hi=math.nan)
