@@ -200,7 +200,8 @@ def file_auc(table):
 
 
 def test_another_encoder_setting_is_found(recoded_pairs):
-    assert file_auc(recoded_pairs(30))["lo"] > .9
+    found = file_auc(recoded_pairs(30))
+    assert found["value"] > .95 and found["lo"] > .6     # of eight pairs, all in order is not certain
 
 
 def test_equal_files_give_no_shortcut(recoded_pairs):
@@ -226,7 +227,8 @@ def made_up(shift, pairs=20, seed=0):
 
 def test_a_planted_leak_is_found_where_it_is():
     found = shortcuts(made_up(8.), 100).set_index("group")
-    assert found.loc["background", "lo"] > .98 and (found.drop("background").hi < BOUNDS["auc"]).all()
+    leak = found.loc["background"]
+    assert leak.value > .99 and leak.lo > .8 and (found.drop("background").hi < BOUNDS["auc"]).all()   # all in order, in twenty pairs
     above = single_features(made_up(8.), 50).set_index("group").above
     assert above["background"] == 1 and (above.drop("background") - .5).abs().max() < .2
 

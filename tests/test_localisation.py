@@ -373,6 +373,16 @@ def test_pooled_intervals_are_the_bootstrap_of_spotter_metrics():
         pool.add(pool.clips[0], dict(other=np.ones((2, 7, 7))), np.zeros((2, 56, 56), bool))
 
 
+def test_pooled_intervals_of_a_connected_graph():
+    "Ten identities in a ring, each the source of the next: clips of one target and source are drawn together."
+    pool = pool_of(dict(shown=lambda m, label, rng: on_grid(m, (14, 14)) + rng.random((2, 14, 14))*(1 + label)), pairs=10)
+    for k, clip in enumerate(pool.clips): clip |= dict(target_id=str(k//2), source_id=str((k//2 + 1) % 10)*clip["label"])
+    def slow(rows): return dict(ap=pooled_ap(*(np.concatenate([part[k] for k in rows.k]) for part in (pool.maps["shown"], pool.masks))))
+    expected = bootstrap_intervals(pd.DataFrame(pool.clips).assign(k=range(20)), slow, 50, 3)["ap"]
+    assert expected["lo"] < expected["value"] < expected["hi"]
+    assert pooled_scores(pool, 50, 3)[ALL]["scores"]["shown"] == pytest.approx(expected, abs=3e-3)
+
+
 def test_a_picture_times_the_verdict_changes_between_clips_only():
     square, whole = np.eye(4), np.ones((4, 4))
     priors = Priors({"mean mask": square, "face oval": whole, "centre": centre_prior(4)}, dict(FaceSwap=whole/2))

@@ -16,11 +16,13 @@ from sklearn.metrics import (accuracy_score, average_precision_score, balanced_a
 from spotter.evaluate.seeds import over_seeds
 from spotter.evaluate.tables import (PREDICTION_COLUMNS, STORED_WORDS, at_own_prevalence, coverage, metrics_by_group, model_metrics,
                                      overall_metrics, prediction_table, read_predictions, recall_and_auc, write_json, write_predictions)
-from spotter.metrics.bootstrap import (bootstrap_intervals, bootstrap_rows, identity_units, interval, paired_differences, resampled_rows,
-                                       significance)
+from spotter.metrics.bootstrap import (DIFFERENCE, SHARE, bootstrap_intervals, bootstrap_rows, couple_weights, drawn_weights,
+                                       effective_units, few_units_factor, identity_units, interval, paired_differences, resampled_rows,
+                                       resampling_units, significance)
 from spotter.metrics.calibration import (CALIBRATION_BINS, TEMPERATURE_BOUNDS, calibration_error, calibration_table, fit_platt,
                                          platt_targets, prior_shift)
 from spotter.metrics.classification import auc, classification_metrics, ranking_metrics
+from spotter.metrics.coverage import METRICS, coverage_table
 from spotter.metrics.threshold import choose_threshold, mean_f1
 from spotter.model.logits import p_fake
 
@@ -158,8 +160,7 @@ def share_of_hits(table): return dict(share=float(table.hit.mean()))
 def share_interval(table, resamples, seed=0):
     "The interval of the share of hits: `bootstrap_intervals` with `share_of_hits`, by positions and so in a fraction of the time."
     hit = table.hit.to_numpy(float)
-    value, samples = bootstrap_rows(table, lambda rows: hit[rows].mean(), resamples, seed)
-    return interval(float(value), samples)
+    return interval(*bootstrap_rows(table, lambda rows: hit[rows].mean(), resamples, seed), SHARE)
 
 
 def test_resamples_take_all_rows_of_a_unit():
@@ -169,9 +170,123 @@ def test_resamples_take_all_rows_of_a_unit():
         assert counts[0] == counts[2] and counts[[0, 1, 3]].sum() == 3                # three units are drawn; b has rows 0 and 2
 
 
+def test_pairs_are_drawn_as_whole_units():
+    "Row by row what drawing pairs and taking their rows gives; the order of the rows changes nothing."
+    table = predictions(pairs=7)
+    codes = pd.factorize(identity_units(table), sort=True)[0]
+    draws = np.random.default_rng(3).integers(0, 7, (20, 7))
+    expected = np.stack([(draw == codes[:, None]).sum(1) for draw in draws])
+    np.testing.assert_array_equal(drawn_weights(resampling_units(table), 20, 3), expected)
+    order = np.random.default_rng(0).permutation(len(table))
+    np.testing.assert_array_equal(drawn_weights(resampling_units(table.iloc[order]), 20, 3), expected[:, order])
+    assert (couple_weights(resampling_units(table), 5, 3) == 1).all()
+
+
+def graph(*couples, reals=1):
+    "Fakes of the given targets and sources (`ab`), and `reals` real clips of each identity; hits by chance."
+    clips = [(1, *couple) for couple in couples] + [(0, name, "") for name in sorted({*"".join(couples)}) for _ in range(reals)]
+    table = pd.DataFrame(clips, columns=["label", "target_id", "source_id"])
+    return table.assign(hit=np.random.default_rng(0).random(len(table)) < .7)
+
+
+RING = [a + b for a, b in zip("abcdefghijkl", "bcdefghijkla")]
+
+
+def recalls(table): return {name: float(table.hit[table.label == c].mean()) for c, name in enumerate(("real", "fake"))}
+
+
+def test_large_components_are_split_and_small_ones_are_not():
+    connected, pairs = graph(*RING), graph("xy", "yx", "uv", "vu")
+    table = pd.concat([connected, pairs, graph("zw").query("label == 0")], ignore_index=True)
+    units = resampling_units(table)
+    assert set(np.unique(units)) == {*"abcdefghijkl", "x", "u", "z", "w"}
+    assert (units.target != units.source).sum() == 12
+    alone = resampling_units(connected)
+    pd.testing.assert_frame_equal(alone, units[:len(alone)])
+    others = pd.DataFrame(dict(label=0, target_id=[f"{k:03}" for k in range(600)], source_id="", hit=True))
+    many = pd.concat([table, others], ignore_index=True)
+    assert resampling_units(many).eq(identity_units(many), axis=0).all(axis=None)          # 24 of 634 clips: one unit among many
+
+
+def test_a_fake_is_drawn_as_often_as_the_product_of_its_identities():
+    units = resampling_units(graph("ab", "ba", "bc", "ca", "cd"))
+    weights = drawn_weights(units, 200, 0)
+    own = {name: weights[:, 5 + k] for k, name in enumerate("abcd")}
+    for k, (t, s) in enumerate(("ab", "ba", "bc", "ca")): np.testing.assert_array_equal(weights[:, k], own[t]*own[s])
+    np.testing.assert_array_equal(weights[:, 4], own["c"])                                 # d has no other partner
+    assert (sum(own.values()) == 4).all()
+    couples = couple_weights(units, 200, 0)
+    assert (couples[:, 4:] == 1).all() and (couples[:, 0] == couples[:, 1]).all()           # ab and ba are one couple
+    assert (couples[:, [0, 2, 3]].sum(1) == 3).all()
+
+
+def test_a_connected_graph_has_intervals_in_any_order_of_rows():
+    table = graph(*RING, *RING)
+    found = bootstrap_intervals(table, recalls, 200, 0)
+    assert all(0 <= d["lo"] < d["value"] < d["hi"] <= 1 for d in found.values())
+    shuffled = bootstrap_intervals(table.sample(frac=1, random_state=0), recalls, 200, 0)
+    for name in found: assert list(shuffled[name].values()) == pytest.approx(list(found[name].values()), abs=1e-12)
+
+
+def test_one_identity_in_all_fakes_leaves_them_without_an_interval():
+    star = graph(*(f"{leaf}x" for leaf in "abcdefghij"), reals=2)
+    found = bootstrap_intervals(star, recalls, 200, 0)
+    assert math.isfinite(found["real"]["lo"]) and math.isnan(found["fake"]["lo"]) and math.isfinite(found["fake"]["value"])
+    assert effective_units(resampling_units(star)[star.label == 1]) == pytest.approx(1)
+    assert effective_units(resampling_units(star)[star.label == 0]) == pytest.approx(11)
+    only = star[star.target_id == "x"]
+    assert all(math.isnan(d["lo"]) for d in bootstrap_intervals(only, recalls, 20, 0).values())   # a single identity
+
+
+def test_units_are_counted_where_a_metric_looks():
+    table = pd.concat([graph(*RING, reals=0), graph("mn", "op", "qr", "st", "uv", "wx", "yz").query("label == 0")], ignore_index=True)
+    def counts(rows):
+        classes = [table.label.to_numpy()[rows] == c for c in (0, 1)]
+        present = [1. if c.any() else math.nan for c in classes]
+        return [*present, sum(present), 1.]                                                # real, fake, both, either
+    units = bootstrap_rows(table, counts, 20, 0)[2]
+    assert units.tolist() == pytest.approx([14, 6, 6, effective_units(resampling_units(table))])
+
+
+def test_all_right_is_not_certain():
+    table = predictions(pairs=12).assign(hit=True)
+    for name, c in (("real", 0), ("fake", 1)):
+        found = bootstrap_intervals(table, recalls, 100, 0)[name]
+        expected = binomtest(12, 12).proportion_ci(.95, method="wilson")
+        assert list(found.values()) == pytest.approx([1, expected.low, 1])
+        wrong = bootstrap_intervals(table.assign(hit=False), recalls, 100, 0)[name]
+        assert list(wrong.values()) == pytest.approx([0, 0, 1 - expected.low])
+    half = table.assign(hit=table.method == "FaceSwap")                                    # the same in all resamples, and no bound
+    assert list(bootstrap_intervals(half, recalls, 100, 0)["fake"].values()) == pytest.approx([.25]*3)
+
+
+def test_few_units_widen_an_interval():
+    assert few_units_factor(24) == pytest.approx(math.sqrt(24/23)*2.0687/1.9600, abs=1e-4)
+    assert 1 < few_units_factor(1000) < 1.003
+    with pytest.raises(ValueError, match="only 0 to 1 is possible"):
+        bootstrap_intervals(graph(*RING), lambda table: dict(loss=2.3), 10, 0)
+
+
+@pytest.mark.parametrize("table, words", [
+    (pd.DataFrame(dict(target_id=["a"])), "lacks the column source_id"),
+    (pd.DataFrame(dict(source_id=["a"])), "lacks the column target_id"),
+    (pd.DataFrame(dict(target_id=["a", "b"], source_id=[1, 2])), "source_id holds numbers"),
+    (pd.DataFrame(dict(target_id=["a", ""], source_id=["", "a"])), "without a target_id")])
+def test_unusable_identities_are_named(table, words):
+    with pytest.raises(ValueError, match=words): bootstrap_rows(table, len, 5, 0)
+
+
+@pytest.mark.parametrize("shape", ["pairs", "dense"])
+def test_intervals_of_a_simulation_cover(shape):
+    found = coverage_table(shape, 30, 60, resamples=150).set_index("metric")
+    assert list(found.index) == list(METRICS) and (found.undefined == 0).all()
+    assert found.covered.between(.85, 1).all() and .9 <= found.covered.mean() <= .985
+
+
 def test_one_loop_serves_arrays_and_tables():
     table, values = hits(6, .5, copies=2), np.arange(12.)
-    value, samples = bootstrap_rows(table, lambda rows: [values[rows].mean(), len(rows)], 40, 0)
+    value, samples, units = bootstrap_rows(table, lambda rows: [values[rows].mean(), len(rows)], 40, 0)
+    assert units.tolist() == [6, 6]
     assert value.tolist() == [5.5, 12] and samples.shape == (40, 2) and (samples[:, 1] == 12).all()
     assert samples[:, 0].tolist() == [values[rows].mean() for rows in resampled_rows(identity_units(table), 40, 0)]
     assert bootstrap_intervals(table, share_of_hits, 40, 0)["share"] == share_interval(table, 40)
@@ -261,7 +376,8 @@ def test_seeds_are_averaged_on_the_same_resamples():
     def means(tables): return np.mean([[recall_and_auc(t.iloc[r])["auc"] for r in rows] for t in tables], 0)
     for reference, drawn in ((None, means(tables)), (others, means(tables) - means(others))):
         found = over_seeds(tables, recall_and_auc, 50, 1, reference)["auc"]
-        assert [found["lo"], found["hi"]] == pytest.approx(np.quantile(drawn, [.025, .975]).tolist(), abs=1e-12)
+        expected = interval(found["value"], drawn, 12, SHARE if reference is None else DIFFERENCE)
+        assert [found["lo"], found["hi"]] == pytest.approx([expected["lo"], expected["hi"]], abs=1e-12)
     values = [recall_and_auc(t)["auc"] - recall_and_auc(o)["auc"] for t, o in zip(tables, others)]
     assert (found["value"], found["spread"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
 

@@ -28,7 +28,7 @@ from ..data.faces import Detect, make_detector
 from ..data.sampling import sample_positions
 from ..data.video import iter_frames, read_frames, write_video
 from .features import GROUPS, backdrop, clip_features, face_track
-from ..metrics.bootstrap import bootstrap_rows, identity_units, interval
+from ..metrics.bootstrap import SHARE, bootstrap_rows, identity_units, interval, resampling_units
 from ..metrics.classification import auc
 from ..runtime import in_processes, progress, resolve_threads
 
@@ -48,10 +48,10 @@ BOUNDS = {
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #aafb29c8
 def with_intervals(table: pd.DataFrame, scores: np.ndarray, resamples: int, seed: int) -> list[dict]:
-    "AUC of each column of `scores` (N, F) as value, lo and hi, by resampling identity pairs; `table` has label, target_id and source_id."
+    "AUC of each column of `scores` (N, F) as value, lo and hi, by resampling identities; `table` has label, target_id and source_id."
     labels = table.label.to_numpy()
-    values, drawn = bootstrap_rows(table, lambda rows: auc(labels[rows], scores[rows]), resamples, seed)
-    return [interval(float(v), d) for v, d in zip(values, drawn.T)]
+    values, drawn, units = bootstrap_rows(table, lambda rows: auc(labels[rows], scores[rows]), resamples, seed)
+    return [interval(float(v), d, n, SHARE) for v, d, n in zip(values, drawn.T, units)]
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #a014ba74
 def fold_groups(table: pd.DataFrame) -> pd.Series:   # one name for each row; rows of one name stay together
@@ -311,15 +311,16 @@ def mean_by_method(
     values: np.ndarray,    # (N,) one number a clip
     resamples: int = 1000,
     seed: int = 0,
+    bounds: tuple[float, float] = SHARE,  # smallest and largest possible number
 ) -> dict[str, dict[str, float]]:  # {method: value, lo, hi}, in alphabetical order, and "all"
-    "Mean over the clips of each method, with an interval over identity pairs (`nan` for a single pair)."
+    "Mean over the clips of each method, with an interval over identities (`nan` for a single pair of them)."
     parts = {m: (table.method == m).to_numpy() for m in sorted(table.method.unique())} | {"all": np.ones(len(table), bool)}
-    return {name: _mean(table[part], np.asarray(values, float)[part], resamples, seed) for name, part in parts.items()}
+    return {name: _mean(table[part], np.asarray(values, float)[part], resamples, seed, bounds) for name, part in parts.items()}
 
-def _mean(table: pd.DataFrame, values: np.ndarray, resamples: int, seed: int) -> dict[str, float]:
+def _mean(table: pd.DataFrame, values: np.ndarray, resamples: int, seed: int, bounds: tuple[float, float]) -> dict[str, float]:
     "Mean and its interval."
-    value, drawn = bootstrap_rows(table, lambda rows: values[rows].mean(), resamples, seed)
-    return interval(float(value), drawn)
+    value, drawn, units = bootstrap_rows(table, lambda rows: values[rows].mean(), resamples, seed)
+    return interval(float(value), drawn, units, bounds)
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #28d2253a
 def bounds_table(
@@ -372,7 +373,7 @@ def audit_metrics(
     features = {group: {r["feature"]: of(r) | dict(above=r["above"]) for r in rows.to_dict("records")}
                 for group, rows in single.groupby("group", sort=False)}
     shown = DIFFERENCES[:4] + ["inside_ratio"] if len(fakes) else []
-    return dict(n=dict(clips=len(looked), fakes=len(fakes), units=int(identity_units(looked).nunique())),
+    return dict(n=dict(clips=len(looked), fakes=len(fakes), units=np.unique(resampling_units(looked)).size),
                 shortcuts={r["group"]: of(r) for r in found.to_dict("records")}, features=features,
-                surroundings={m: mean_by_method(fakes, fakes[m], resamples, seed) for m in shown},
+                surroundings={m: mean_by_method(fakes, fakes[m], resamples, seed, (0., np.inf)) for m in shown},
                 detector=detected, prior=prior or {})

@@ -23,7 +23,7 @@ from .tables import with_interval
 from ..explain.clips import loaded_clips
 from ..explain.gradcam import MultiScaleGradCAM
 from ..explain.shown import clip_probability
-from ..metrics.bootstrap import bootstrap_rows, interval, significance
+from ..metrics.bootstrap import DIFFERENCE, SHARE, bootstrap_rows, interval, significance
 from ..metrics.localisation import on_grid
 from ..model.network import TemporalCNN_GRU
 from ..runtime import autocast, progress
@@ -171,19 +171,20 @@ def deletion_metrics(
     resamples: int,
     seed: int,
 ) -> dict:  # clips; whole: value, lo, hi; curves: kind -> fill -> source -> area -> …; advantage: kind -> source -> fill, "all fills" -> …
-    "Mean scores and advantages, with intervals over identity pairs, as metrics.json holds them."
+    "Mean scores and advantages, with intervals over identities, as metrics.json holds them."
     clips = rows.drop_duplicates("clip_id")[["clip_id", "target_id", "source_id", "p_whole"]].reset_index(drop=True)
     table = rows.pivot(index="clip_id", columns=["kind", "fill", "source", "area"], values="p_fake").loc[clips.clip_id]
     columns, scores = table.columns, np.column_stack([table.to_numpy(), clips.p_whole])
-    means, drawn = bootstrap_rows(clips, lambda chosen: scores[chosen].mean(0), resamples, seed)
-    def found(weights): return interval(float(weights @ means), drawn @ weights)
+    means, drawn, units = bootstrap_rows(clips, lambda chosen: scores[chosen].mean(0), resamples, seed)
+    def found(weights, bounds=SHARE): return interval(float(weights @ means), drawn @ weights, units[0], bounds)
     one, curves, advantage = np.eye(len(means)), {}, {}
     for k, (kind, fill, source, area) in enumerate(columns):
         curves.setdefault(kind, {}).setdefault(fill, {}).setdefault(source, {})[str(area)] = found(one[k])
     for kind, sign in dict(deletion=-1, insertion=1).items():
         for name in [s for s in dict.fromkeys(rows.source) if s != ELSEWHERE]:
             fills = {fill: (fill,) for fill in FILLS} | {"all fills": tuple(FILLS)}
-            gains = {title: found(sign*np.append(_contrast(columns, kind, chosen, name), 0)) for title, chosen in fills.items()}
+            gains = {title: found(sign*np.append(_contrast(columns, kind, chosen, name), 0), DIFFERENCE)
+                     for title, chosen in fills.items()}
             advantage.setdefault(kind, {})[name] = {fill: d | dict(significance=significance(d)) for fill, d in gains.items()}
     return dict(clips=len(clips), whole=found(one[-1]), curves=curves, advantage=advantage)
 

@@ -23,7 +23,7 @@ from .tables import with_interval
 from ..explain.clips import loaded_clips
 from ..explain.gradcam import Evidence, MultiScaleGradCAM
 from ..explain.shown import clip_probability, shown_map
-from ..metrics.bootstrap import aligned, bootstrap_rows, interval
+from ..metrics.bootstrap import DIFFERENCE, SHARE, aligned, bootstrap_rows, interval
 from ..metrics.localisation import HALF, SCORES, choose_iou_threshold, localisation_metrics, share_above_threshold
 from ..model.network import TemporalCNN_GRU
 from ..runtime import progress
@@ -99,20 +99,20 @@ def localisation_table(
     seed: int = 0,
     by: tuple = ("method", "strength"), # columns of groups; rows with "" are in no group
 ) -> pd.DataFrame:  # by, group, clips, source, score, value, lo, hi; the first group is ("all", "all")
-    "Means over clips with 95 % intervals over identity pairs. Raises `ValueError` when sources were scored on different clips."
+    "Means over clips with 95 % intervals over identities. Raises `ValueError` when sources were scored on different clips."
     groups = [("all", "all", scores)]
     groups += [(column, str(name), rows) for column in by for name, rows in scores.groupby(column, sort=True) if name != ""]
     return pd.DataFrame([row for column, name, rows in groups for row in _group_rows(column, name, rows, resamples, seed)])
 
 def _group_rows(column: str, name: str, rows: pd.DataFrame, resamples: int, seed: int) -> list[dict]:
     "Rows of a group: one for each source and score."
-    sources, value, drawn = _resampled(rows, resamples, seed)
+    sources, value, drawn, units = _resampled(rows, resamples, seed)
     group = dict(by=column, group=name, clips=int((rows.source == sources[0]).sum()))
-    return [group | dict(source=source, score=score) | interval(float(value[s, k]), drawn[:, s, k])
+    return [group | dict(source=source, score=score) | interval(float(value[s, k]), drawn[:, s, k], units[s, k], SHARE)
             for s, source in enumerate(sources) for k, score in enumerate(SCORES)]
 
-def _resampled(scores: pd.DataFrame, resamples: int, seed: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    "Sources, their means (S, scores) and the means of each resample (R, S, scores)."
+def _resampled(scores: pd.DataFrame, resamples: int, seed: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    "Sources, their means (S, scores), the means of each resample (R, S, scores), and the units behind each mean (S, scores)."
     parts = {name: rows for name, rows in scores.groupby("source", sort=False)}
     reference = next(iter(parts.values())).reset_index(drop=True)
     values = np.stack([aligned(rows, reference)[list(SCORES)].to_numpy(float) for rows in parts.values()], 1)
@@ -129,12 +129,12 @@ def above_threshold_on_real(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict]:       # source -> {value, lo, hi}
-    "Mean share of the face above the threshold, with 95 % intervals over identity pairs."
+    "Mean share of the face above the threshold, with 95 % intervals over identities."
     found = {}
     for name, rows in scores.groupby("source", sort=False):
         share = rows.above_threshold.to_numpy(float)
-        value, drawn = bootstrap_rows(rows, lambda drawn: share[drawn].mean(), resamples, seed)
-        found[name] = interval(float(value), drawn)
+        value, drawn, units = bootstrap_rows(rows, lambda drawn: share[drawn].mean(), resamples, seed)
+        found[name] = interval(float(value), drawn, units, SHARE)
     return found
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #8300c635
@@ -145,17 +145,19 @@ def gains(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:  # one row per score: a, b; difference, difference_lo, difference_hi; relative, relative_lo, relative_hi
-    "Mean of `a` minus mean of `b`, and their ratio minus 1, with 95 % intervals over identity pairs. `ValueError` for an unknown source."
+    "Mean of `a` minus mean of `b`, and their ratio minus 1, with 95 % intervals over identities. `ValueError` for an unknown source."
     if missing := sorted({a, b} - set(scores.source)):
         raise ValueError(f"no maps of {missing[0]!r} were scored, only of {', '.join(scores.source.unique())}")
-    sources, value, drawn = _resampled(scores[scores.source.isin([a, b])], resamples, seed)
+    sources, value, drawn, units = _resampled(scores[scores.source.isin([a, b])], resamples, seed)
     x, y = sources.index(a), sources.index(b)
     with np.errstate(invalid="ignore", divide="ignore"):
-        kinds = dict(difference=(value[x] - value[y], drawn[:, x] - drawn[:, y]),
-                     relative=(value[x]/value[y] - 1, drawn[:, x]/drawn[:, y] - 1))
+        kinds = dict(difference=(value[x] - value[y], drawn[:, x] - drawn[:, y], DIFFERENCE),
+                     relative=(value[x]/value[y] - 1, drawn[:, x]/drawn[:, y] - 1, (-1., np.inf)))
     rows = [{a: value[x, k], b: value[y, k]} for k in range(len(SCORES))]
-    for kind, (found, samples) in kinds.items():
-        for k, row in enumerate(rows): row |= zip((kind, f"{kind}_lo", f"{kind}_hi"), interval(float(found[k]), samples[:, k]).values())
+    for kind, (found, samples, bounds) in kinds.items():
+        for k, row in enumerate(rows):
+            limits = interval(float(found[k]), samples[:, k], units[x, k], bounds)
+            row |= zip((kind, f"{kind}_lo", f"{kind}_hi"), limits.values())
     return pd.DataFrame(rows, index=list(SCORES))
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #4f49d896

@@ -52,7 +52,7 @@ def _panels(scores: int, sources: int, columns: int = 4) -> tuple[Figure, np.nda
 def _marks() -> list:
     "What the legend explains."
     marks = [("maps of the detector", PALETTE[0], "o", PALETTE[0], 0), ("references", NEUTRAL, "D", "white", 0),
-             ("95 % interval over identity pairs", NEUTRAL, "", NEUTRAL, 2)]
+             ("95 % interval over identities", NEUTRAL, "", NEUTRAL, 2)]
     return [plt.Line2D([], [], color=c, marker=m, mfc=fill, lw=lw, label=text) for text, c, m, fill, lw in marks]
 
 # %% ../../nbs/6_evaluate/52_localisation_figures.ipynb #069b9804
@@ -97,7 +97,7 @@ def draw_by_method(
         for line in new: ax.axhline(line + .5, color=NEUTRAL, lw=.8)
         ax.set(xlim=(0, 1), title=SCORES[score])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(sources), fontsize="small")
-    figure.supxlabel("mean over clips (95 % interval over identity pairs)", fontsize="small")
+    figure.supxlabel("mean over clips (95 % interval over identities)", fontsize="small")
     return figure
 
 # %% ../../nbs/6_evaluate/52_localisation_figures.ipynb #42dd675e
@@ -114,7 +114,7 @@ def draw_deletion(
             ax.axhline(metrics["whole"]["value"], color=NEUTRAL, lw=.8, ls=":")
             ax.set(ylim=(0, 1.02), title=f"{kind}, fill: {fill}")
         line[0].set_ylabel(f"mean p_fake\n{title}", fontsize="small")
-    figure.supxlabel("share of the crop (dotted: the whole frame; bars: 95 % interval over identity pairs)", fontsize="small")
+    figure.supxlabel("share of the crop (dotted: the whole frame; bars: 95 % interval over identities)", fontsize="small")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize="small")
     return figure
 

@@ -21,7 +21,7 @@ from .tables import with_interval
 from .trainings import evaluation_folder
 from ..explain.clips import loaded_clips
 from ..explain.gradcam import MultiScaleGradCAM
-from ..metrics.bootstrap import bootstrap_rows, interval, significance
+from ..metrics.bootstrap import DIFFERENCE, bootstrap_rows, interval, significance
 from ..metrics.localisation import SCORES
 from ..model.network import TemporalCNN_GRU
 
@@ -84,7 +84,7 @@ def attention_words(
     rows = fakes[fakes.source == "attention"].reset_index(drop=True)
     if rows.empty: return "This network has no attention map."
     over = (rows.energy - rows.mask_share).to_numpy()
-    gain = interval(*bootstrap_rows(rows, lambda drawn: np.nanmean(over[drawn]), resamples, seed))
+    gain = interval(*bootstrap_rows(rows, lambda drawn: np.nanmean(over[drawn]), resamples, seed), DIFFERENCE)
     flat = "a map of one value everywhere"
     where = dict(higher=f"more than {flat}", lower=f"less than {flat}: it looks away from the manipulation")
     scores = pooled[ALL]["scores"]

@@ -13,7 +13,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .tables import with_interval
-from ..metrics.bootstrap import bootstrap_rows, identity_units, interval, significance
+from ..metrics.bootstrap import DIFFERENCE, SHARE, bootstrap_rows, interval, resampling_units, significance
 from ..metrics.localisation import on_common_grid
 from ..metrics.pooled import level_counts, pooled_ap, precision_over_levels, value_levels
 
@@ -45,19 +45,20 @@ def resampled(self: PixelPool,
     rows: np.ndarray,  # positions of the clips that count
     resamples: int,
     seed: int,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # source -> AP; source -> (resamples,) AP of each draw
-    "Pooled AP of each source, and its values over draws of identity pairs."
-    units, names = pd.factorize(identity_units(pd.DataFrame(self.clips).iloc[rows]), sort=True)
-    pairs, masks, values, draws = pd.DataFrame(dict(target_id=names, source_id="")), [self.masks[r] for r in rows], {}, {}
+) -> tuple[dict[str, float], dict[str, np.ndarray], float]:  # source -> AP; source -> (resamples,) AP of each draw; units behind them
+    "Pooled AP of each source, and its values over draws of identities."
+    table, masks, values, draws = pd.DataFrame(self.clips).iloc[rows], [self.masks[r] for r in rows], {}, {}
+    _, first, together_with = np.unique(resampling_units(table).to_numpy(str), axis=0, return_index=True, return_inverse=True)
     for name, maps in self.maps.items():
         parts = [maps[r] for r in rows]
         together = np.concatenate(parts)
         levels = value_levels(together)
-        counts = np.zeros((len(names), 2, len(levels)))
-        for unit, part, hits in zip(units, parts, masks): counts[unit] += level_counts(part, hits, levels)
-        def drawn(chosen): return precision_over_levels(*np.tensordot(np.bincount(chosen, minlength=len(names)), counts, 1))
-        values[name], draws[name] = pooled_ap(together, np.concatenate(masks)), bootstrap_rows(pairs, drawn, resamples, seed)[1]
-    return values, draws
+        counts = np.zeros((len(first), 2, len(levels)))
+        for k, part, hits in zip(together_with.ravel(), parts, masks): counts[k] += level_counts(part, hits, levels)
+        def drawn(chosen): return precision_over_levels(*np.tensordot(np.bincount(chosen, minlength=len(rows))[first], counts, 1))
+        _, draws[name], units = bootstrap_rows(table, drawn, resamples, seed)
+        values[name] = pooled_ap(together, np.concatenate(masks))
+    return values, draws, float(units)
 
 # %% ../../nbs/6_evaluate/25_pooled.ipynb #47884ae0
 ALL = "all fakes"
@@ -80,9 +81,10 @@ def pooled_scores(
     "Pooled AP of every source in every group, as metrics.json holds it."
     found = {}
     for group, rows in clip_groups(pool.clips).items():
-        values, draws = pool.resampled(rows, resamples, seed)
-        differences = {name: interval(values[source] - values[name], draws[source] - draws[name]) for name in values if name != source}
-        found[group] = dict(clips=len(rows), scores={name: interval(values[name], draws[name]) for name in values},
+        values, draws, units = pool.resampled(rows, resamples, seed)
+        differences = {name: interval(values[source] - values[name], draws[source] - draws[name], units, DIFFERENCE)
+                       for name in values if name != source}
+        found[group] = dict(clips=len(rows), scores={name: interval(values[name], draws[name], units, SHARE) for name in values},
                             differences={name: d | dict(significance=significance(d)) for name, d in differences.items()})
     return found
 

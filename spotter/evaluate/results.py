@@ -29,7 +29,7 @@ def seed_metrics(
     resamples: int,
     seed: int,
 ) -> dict[str, dict[str, dict]]:  # name -> metric -> value, lo, hi, spread between seeds, seeds
-    "Mean metrics over the trainings, with intervals over identity pairs."
+    "Mean metrics over the trainings, with intervals over identities."
     found = {name: over_seeds(ts, statistic, resamples, seed) for name, ts in tables.items()}
     return {name: {key: d | dict(seeds=len(tables[name])) for key, d in ds.items()} for name, ds in found.items()}
 
@@ -42,7 +42,7 @@ def seed_differences(
     seed: int,
     seedless: str = BASELINE,                               # the name whose only table is held against every seed
 ) -> dict[str, dict[str, dict]]:  # "later - earlier" -> metric -> value, lo, hi, spread, seeds
-    "Mean differences over the trainings that both have, with intervals over identity pairs."
+    "Mean differences over the trainings that both have, with intervals over identities."
     found = {}
     for a, b in pairs:
         n = len(tables[a]) if b == seedless else min(len(tables[a]), len(tables[b]))

@@ -13,26 +13,28 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from ..metrics.bootstrap import aligned, bootstrap_rows, interval
+from ..metrics.bootstrap import DIFFERENCE, SHARE, aligned, bootstrap_rows, interval
 
 # %% ../../nbs/6_evaluate/80_seeds.ipynb #467b62c5
 def over_seeds(
     tables: list[pd.DataFrame],                             # prediction tables of one model, one per seed, on the same clips
-    statistic: Callable[[pd.DataFrame], dict[str, float]],  # metrics of a table
+    statistic: Callable[[pd.DataFrame], dict[str, float]],  # metrics of a table, each between 0 and 1
     resamples: int,
     seed: int,                                              # of the resamples
     reference: list[pd.DataFrame] | None = None,            # another model's tables, subtracted seed by seed
 ) -> dict[str, dict[str, float]]:  # {metric: value, lo, hi; spread: standard deviation between seeds, `nan` for one}
-    "Mean over seeds with its interval over identity pairs. `ValueError` for tables of different clips or different numbers of seeds."
+    "Mean over seeds with its interval over identities. `ValueError` for tables of different clips or different numbers of seeds."
     if reference is not None and len(reference) != len(tables):
         raise ValueError(f"{len(tables)} and {len(reference)} seeds: the same number of each model is needed")
     models = [[aligned(table, tables[0]) for table in model] for model in (tables, reference) if model is not None]
     def of_each_seed(rows):  # (seeds, metrics)
         found = [np.array([list(statistic(table.iloc[rows]).values()) for table in model], float) for model in models]
         return found[0] if reference is None else found[0] - found[1]
-    values, samples = bootstrap_rows(models[0][0], of_each_seed, resamples, seed)
+    values, samples, units = bootstrap_rows(models[0][0], of_each_seed, resamples, seed)
     values, means = pd.DataFrame(values, columns=list(statistic(tables[0]))), sum(samples.swapaxes(0, 1))/len(tables)
-    return {name: interval(values[name].mean(), means[:, k]) | dict(spread=float(values[name].std())) for k, name in enumerate(values)}
+    bounds = SHARE if reference is None else DIFFERENCE
+    return {name: interval(values[name].mean(), means[:, k], units[0, k], bounds) | dict(spread=float(values[name].std()))
+            for k, name in enumerate(values)}
 
 # %% ../../nbs/6_evaluate/80_seeds.ipynb #f9ff008d
 def training_margin(
@@ -45,10 +47,10 @@ def training_margin(
 
 # %% ../../nbs/6_evaluate/80_seeds.ipynb #35484311
 def over_trainings(
-    metric: dict[str, float],  # value, lo and hi over identity pairs, and the spread between seeds, as `over_seeds` gives them
+    metric: dict[str, float],  # value, lo and hi over identities, and the spread between seeds, as `over_seeds` gives them
     seeds: int,
     single: bool = False,      # see `training_margin`
 ) -> dict[str, float]:  # value, lo, hi
-    "The interval over identity pairs, widened by the variance between trainings; without limits where there is no second seed."
+    "The interval over identities, widened by the variance between trainings; without limits where there is no second seed."
     value, margin = metric["value"], training_margin(metric["spread"], seeds, single)
     return dict(value=value, lo=value - math.hypot(value - metric["lo"], margin), hi=value + math.hypot(metric["hi"] - value, margin))

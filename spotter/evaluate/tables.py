@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..metrics.bootstrap import bootstrap_intervals, identity_units
+from ..metrics.bootstrap import bootstrap_intervals, resampling_units
 from ..metrics.calibration import calibration_error, prior_shift, probability_metrics
 from ..metrics.classification import auc, confusion_metrics, ranking_metrics
 from ..metrics.threshold import check_scores
@@ -131,7 +131,7 @@ def model_metrics(
     if ((table.p_fake >= fitted["threshold"]) != (table.prediction == 1)).any():
         raise ValueError(f"the verdicts of the prediction table were not made with the threshold {fitted['threshold']}")
     fakes = int(table.label.sum())
-    n = dict(clips=len(table), real=len(table) - fakes, fake=fakes, units=int(identity_units(table).nunique()))
+    n = dict(clips=len(table), real=len(table) - fakes, fake=fakes, units=np.unique(resampling_units(table)).size)
     groups = {f"per_{column}": metrics_by_group(table, column, resamples, seed) for column in ("method", "strength")}
     own, even = at_own_prevalence(table, fitted["prevalence"]), table.assign(p_fake=prior_shift(table.p_fake, fitted["prevalence"], .5))
     overall = bootstrap_intervals(own, overall_metrics, resamples, seed) | bootstrap_intervals(even, error_at_50, resamples, seed)

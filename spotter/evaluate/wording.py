@@ -63,9 +63,9 @@ def model_conclusion(
     n, auc = metrics["n"], metrics["auc"]
     lo = math.nan if auc["lo"] is None else auc["lo"]
     against = "has no interval here" if math.isnan(lo) else f"is {'' if lo > .5 else 'not significantly '}better than guessing"
-    caveat = "; with fewer than twenty groups they are rather too narrow" if n["units"] < 20 else ""
+    caveat = "; with fewer than five groups they are not reliable" if n["units"] < 5 else ""
     real, fake = (metrics[f"{kind}_recall"]["value"] for kind in ("real", "fake"))
-    return (f"On {n['clips']} test clips ({n['real']} real, {n['fake']} fake) of {n['units']} independent groups of identities, "
+    return (f"On {n['clips']} test clips ({n['real']} real, {n['fake']} fake) of {n['units']} independent groups or single identities, "
             f"**{name}** has an AUC of {with_interval(auc)}, which {against}. "
             f"At the threshold {metrics['threshold']:.2f} it recognises {real:.0%} of the real videos and {fake:.0%} of the fakes. "
             f"The intervals cover the choice of these groups, not that of the training seed{caveat}.")
