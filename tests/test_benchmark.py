@@ -49,7 +49,7 @@ import os, time
 def predict(path):
     "Noise costs bytes."
     if os.environ.get("SLOW"): time.sleep(.3)
-    if path.endswith("007.mp4"): raise OSError("the disk is asleep")
+    if path.endswith("/007.mp4"): raise OSError("the disk is asleep")
     return min(1, os.path.getsize(path)/200_000)
 '''
 
