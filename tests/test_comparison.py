@@ -10,8 +10,8 @@ import pytest
 from spotter.core import load_params
 from spotter.evaluate.comparison import auc_over_baseline, comparison_rows, earlier_and_later, model_differences
 from spotter.evaluate.comparison import read_metrics, write_comparison
-from spotter.evaluate.heatmaps import read_localisation
-from spotter.evaluate.map_tables import AIM, aims, compared_maps, heatmap_metrics, reference_name, relative_gains
+from spotter.evaluate.heatmaps import heatmap_metrics, read_localisation
+from spotter.evaluate.map_tables import AIM, aims, compared_maps, reference_name, relative_gains
 from spotter.evaluate.references import CHEATS, CONSTANT
 from spotter.evaluate.tables import overall_metrics, read_predictions
 from spotter.evaluate.trainings import BASELINE, evaluation_folder

@@ -12,8 +12,8 @@ import torch
 from spotter.core import Params
 from spotter.evaluate.calibrate import calibrate, scale_heatmaps
 from spotter.evaluate.deletion import deletion_metrics, deletion_rows
-from spotter.evaluate.heatmaps import read_localisation, score_split, write_localisation
-from spotter.evaluate.map_tables import heatmap_metrics
+from spotter.evaluate.heatmaps import heatmap_metrics, read_localisation, write_localisation
+from spotter.evaluate.network_maps import score_split
 from spotter.evaluate.pooled import pooled_scores
 from spotter.evaluate.tables import model_metrics, overall_metrics, prediction_table, read_predictions, write_json, write_predictions
 from spotter.model.checkpoint import MEASURED, inspect_checkpoint, load_model, save_model, shrink_checkpoint

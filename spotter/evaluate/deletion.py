@@ -17,7 +17,7 @@ import torch
 
 from ..data.loader import MEAN, STD
 from ..data.store import ClipStore
-from .heatmaps import network_maps
+from .network_maps import network_maps
 from .pooled import listed
 from .tables import with_interval
 from ..explain.clips import loaded_clips

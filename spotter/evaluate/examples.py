@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..data.loader import ClipDataset
 from ..data.sampling import sample_positions
 from ..data.store import ClipStore
-from .heatmaps import network_maps
+from .network_maps import network_maps
 from ..explain.gradcam import MultiScaleGradCAM
 from ..model.network import TemporalCNN_GRU
 

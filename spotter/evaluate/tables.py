@@ -19,7 +19,6 @@ from ..metrics.bootstrap import bootstrap_intervals, resampling_units
 from ..metrics.calibration import calibration_error, prior_shift, probability_metrics
 from ..metrics.classification import auc, confusion_metrics, ranking_metrics
 from ..metrics.threshold import check_scores
-from ..model.logits import p_fake
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #4ed345a0
 PREDICTION_COLUMNS = ["clip_id", "label", "method", "strength", "compression", "target_id", "source_id", "p_fake", "prediction"]
@@ -32,6 +31,7 @@ def prediction_table(
     threshold: float,     # a clip is called fake from this probability on
 ) -> pd.DataFrame:  # `PREDICTION_COLUMNS`, sorted by clip_id; p_fake with six decimals
     "Calibrated probabilities and verdicts. Raises `ValueError` when a clip occurs twice or the logits do not fit the clips."
+    from spotter.model.logits import p_fake   # not at the top: with it comes PyTorch, which scores that are already there do not need
     if clips.clip_id.duplicated().any(): raise ValueError(f"clip {clips.clip_id[clips.clip_id.duplicated()].iloc[0]} occurs twice")
     _, p = check_scores(clips.label, p_fake(np.asarray(logits), temperature, bias))
     p = np.round(p, 6)
@@ -124,6 +124,7 @@ def model_metrics(
     table: pd.DataFrame,     # the model's prediction table
     excluded: pd.DataFrame,  # test clips without a verdict
     fitted: dict[str, float],  # on validation: threshold (with six decimals, as the verdicts were made), temperature, bias, prevalence
+                               # (None: unknown, and then p_fake is taken as it is, and there is no calibration error at one half)
     resamples: int,
     seed: int,
 ) -> dict:
@@ -133,8 +134,10 @@ def model_metrics(
     fakes = int(table.label.sum())
     n = dict(clips=len(table), real=len(table) - fakes, fake=fakes, units=np.unique(resampling_units(table)).size)
     groups = {f"per_{column}": metrics_by_group(table, column, resamples, seed) for column in ("method", "strength")}
-    own, even = at_own_prevalence(table, fitted["prevalence"]), table.assign(p_fake=prior_shift(table.p_fake, fitted["prevalence"], .5))
-    overall = bootstrap_intervals(own, overall_metrics, resamples, seed) | bootstrap_intervals(even, error_at_50, resamples, seed)
+    overall = bootstrap_intervals(at_own_prevalence(table, fitted["prevalence"]), overall_metrics, resamples, seed)
+    if fitted["prevalence"] is not None:
+        even = table.assign(p_fake=prior_shift(table.p_fake, fitted["prevalence"], .5))
+        overall |= bootstrap_intervals(even, error_at_50, resamples, seed)
     return overall | dict(n=n, coverage=coverage(table, excluded)) | fitted | groups
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #f293ff76
