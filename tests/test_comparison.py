@@ -44,7 +44,7 @@ def test_stored_differences_are_those_of_the_tables():
 
 
 def test_words_of_the_file_stay():
-    assert set(pd.read_csv(METRICS/"comparison.csv").verdict.dropna()) <= {"higher", "lower", "cannot be told from noise", "undefined"}
+    assert set(pd.read_csv(METRICS/"comparison.csv").verdict.dropna()) <= {"higher", "lower", "not significant", "undefined"}
 
 
 def test_another_model_is_in_every_table(four, tmp_path):
@@ -63,12 +63,12 @@ def test_another_model_is_in_every_table(four, tmp_path):
     rows = write_comparison(tmp_path, models, found, differences, dict(baseline=reference_name(models), relative_gain=gain))
     assert {"fourth", "fourth - handmade", *(f"fourth - {m}" for m in MODELS)} <= set(rows.name)
     assert json.loads((tmp_path/"comparison.json").read_text())["arms"] == models
-    assert {r["verdict"] for r in rows.to_dict("records") if r["name"] == f"fourth - {MODELS[-1]}"} == {"cannot be told from noise"}
+    assert {r["verdict"] for r in rows.to_dict("records") if r["name"] == f"fourth - {MODELS[-1]}"} == {"not significant"}
 
 
 def test_rows_come_in_a_fixed_order():
     metrics = read_metrics(METRICS, [BASELINE, *MODELS])
-    committed = pd.read_csv(METRICS/"comparison.csv").query("kind == 'arm'")[["name", "figure", "value", "lo", "hi"]]
+    committed = pd.read_csv(METRICS/"comparison.csv").query("kind == 'model'")[["name", "figure", "value", "lo", "hi"]]
     found = comparison_rows(metrics, {})[committed.columns]
     pd.testing.assert_frame_equal(found, committed, check_dtype=False, atol=1e-6)
 

@@ -14,7 +14,7 @@ from sklearn.metrics import (accuracy_score, average_precision_score, balanced_a
                              roc_auc_score, roc_curve)
 
 from spotter.evaluate.seeds import over_seeds
-from spotter.evaluate.tables import (PREDICTION_COLUMNS, STORED_WORDS, at_own_prevalence, coverage, metrics_by_group, model_metrics,
+from spotter.evaluate.tables import (PREDICTION_COLUMNS, at_own_prevalence, coverage, metrics_by_group, model_metrics,
                                      overall_metrics, prediction_table, read_predictions, recall_and_auc, write_json, write_predictions)
 from spotter.metrics.bootstrap import (DIFFERENCE, SHARE, bootstrap_intervals, bootstrap_rows, couple_weights, drawn_weights,
                                        effective_units, few_units_factor, identity_units, interval, paired_differences, resampled_rows,
@@ -367,7 +367,6 @@ def test_words_of_significance():
     for lo, hi in ((1e-16, .1), (-.1, -1e-16), (-1e-16, -1e-16)):                               # 0 but for the last bit
         assert significance(dict(value=0, lo=lo, hi=hi)) == "not significant"
     assert significance(dict(value=0, lo=1e-6, hi=.1)) == "higher"
-    assert [STORED_WORDS.get(w, w) for w in words[1:3]] == ["lower", "cannot be told from noise"]
 
 
 def test_seeds_are_averaged_on_the_same_resamples():

@@ -42,16 +42,21 @@ def endless(loader: DeviceLoader) -> Iterator[dict]:
     while True: yield from loader
 
 
+def single_frames(params: Params) -> Params:
+    "The same without epochs on sequences, so that every step trains the whole network."
+    return params.model_copy(update=dict(train=params.train.model_copy(update=dict(sequence_epochs=0))))
+
+
 def step_seconds(
     params: Params, key: str,   # of `run_params`
     store: CropStore, crops: DeviceClips,
     count: int,
 ) -> tuple[float, int]:
     "Seconds of a training step at full size, augmentation included, and its frames."
-    session, loader = begin(params, key, store, crops)
+    session, loader = begin(single_frames(params), key, store, crops)
     loader.set_epoch(params.recipe(key).grow_epochs)
-    batches = endless(loader)
-    return seconds_each(lambda: train_steps(session, [next(batches)]), count, crops.frames.device), loader.images
+    batches, weight = endless(loader), params.recipe(key).mask_loss
+    return seconds_each(lambda: train_steps(session, [next(batches)], weight), count, crops.frames.device), loader.images
 
 
 def bare_seconds(params: Params, key: str, images: int, device, count: int) -> float:
@@ -89,11 +94,11 @@ def repeatability(
     "Train twice from the same seed; where the two part, and which operations PyTorch says have no fixed order."
     losses, hashes, told = [], [], set()
     for _ in range(2):
-        session, loader = begin(params, key, store, crops)
+        session, loader = begin(single_frames(params), key, store, crops)
         loader.set_epoch(params.recipe(key).grow_epochs)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            losses.append([train_steps(session, [batch]) for batch in islice(endless(loader), steps)])
+            losses.append([train_steps(session, [batch], params.recipe(key).mask_loss) for batch in islice(endless(loader), steps)])
         hashes.append(weights_hash(session.bare))
         told |= {found[1] for w in caught if (found := re.match(r"(\S+) does not have a deterministic implementation", str(w.message)))}
     parted = next((k for k, (a, b) in enumerate(zip(*losses), 1) if a != b), None)

@@ -18,7 +18,7 @@ from spotter.data.subset import training_part
 from spotter.model.network import TemporalCNN_GRU
 from spotter.model.start_weights import LITE, load_lite, sha256
 from spotter.runtime import autocast
-from spotter.train.loop import train_epoch, validation_metrics
+from spotter.train.loop import start_epoch, train_epoch, validation_metrics
 from spotter.train.resume import TrainingState, note_epoch
 from spotter.train.setup import Session, make_loader, start_session
 
@@ -164,11 +164,10 @@ def logits_of(model: TemporalCNN_GRU, inputs: torch.Tensor, precision: str) -> n
     with autocast(precision, inputs.device): return torch.cat([model(part).float().cpu() for part in parts]).numpy()
 
 
-def train_steps(session: Session, batches: Iterable[dict]) -> float:
+def train_steps(session: Session, batches: Iterable[dict], mask_weight: float) -> float:
     "Train on batches with the session's recipe; their mean loss."
-    recipe = session.params.recipe(session.key)
     return train_epoch(session.accelerator, session.model, batches, session.loss_fn, session.optimizer, session.scheduler,
-                       recipe.clip_norm, recipe.mask_loss)
+                       session.params.recipe(session.key).clip_norm, mask_weight)
 
 
 def begin(
@@ -211,10 +210,10 @@ def train_run(
     best, steps, images, spent = None, 0, 0, 0.
     while len(now.history) < params.models[key].epochs and now.waited < recipe.patience and not (now.history and over()):
         epoch, rate = len(now.history), session.optimizer.param_groups[0]["lr"]
-        if epoch >= recipe.unfreeze_epoch: session.bare.unfreeze()
+        mask_weight = start_epoch(session, epoch)
         loader.set_epoch(epoch)
         began = time.perf_counter()
-        loss = train_steps(session, loader)   # reads the loss, so the device is done
+        loss = train_steps(session, loader, mask_weight)   # reads the loss, so the device is done
         seconds, seen = time.perf_counter() - began, len(loader)*loader.images
         steps, images, spent = steps + len(loader), images + seen, spent + seconds
         scores = validation_metrics(logits_of(session.bare, inputs, recipe.precision), labels, session.loss_fn)

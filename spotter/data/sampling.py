@@ -75,23 +75,21 @@ class BalancedSampler:
 
 # %% ../../nbs/1_data/20_sampling.ipynb #aba9623d
 class EpochBatches:
-    "Batches of a `BalancedSampler`, each a list of its items, whose size depends on the epoch. `DataLoader` takes it as `batch_sampler`."
+    "Batches of a `BalancedSampler`, each a list of its items, as many in every epoch. `DataLoader` takes it as `batch_sampler`."
     drop_last = True   # what accelerate asks of a batch sampler: there is no smaller last batch
     def __init__(
         self,
         sampler: BalancedSampler,
-        steps: int,                        # batches per epoch
-        size_at: Callable[[int], int],     # epoch -> clips of a batch
+        steps: int,        # batches per epoch
+        batch_size: int,   # clips of a batch
     ):
-        self.sampler, self.steps, self.size_at = sampler, steps, size_at
-        self.set_epoch(sampler.epoch)
+        self.sampler, self.steps, self.batch_size = sampler, steps, batch_size
+        self.sampler.length = steps*batch_size
 
     def __len__(self) -> int: return self.steps
 
     def set_epoch(self, epoch: int):
         "To be called before each epoch, as the sampler's own."
-        self.batch_size = self.size_at(epoch)
-        self.sampler.length = self.steps*self.batch_size
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:

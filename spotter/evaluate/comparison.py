@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .tables import STORED_WORDS, overall_metrics, recall_and_auc, write_json
+from .tables import overall_metrics, recall_and_auc, write_json
 from .trainings import evaluation_folder
 from ..metrics.bootstrap import paired_differences, significance
 
@@ -74,16 +74,15 @@ def stored(
     difference: dict,  # value, lo, hi and significance
 ) -> dict:             # value, lo, hi and verdict
     "A difference as the files spell it."
-    word = difference["significance"]
-    return {k: difference[k] for k in ("value", "lo", "hi")} | dict(verdict=STORED_WORDS.get(word, word))
+    return {k: difference[k] for k in ("value", "lo", "hi")} | dict(verdict=difference["significance"])
 
 # %% ../../nbs/6_evaluate/86_comparison.ipynb #8b28ef93
 def comparison_rows(
     metrics: dict[str, dict],      # name -> its metrics file
     differences: dict[str, dict],  # of `model_differences`, and of `auc_over_baseline`
-) -> pd.DataFrame:  # kind ("arm" for a model), name, figure (the metric), value, lo, hi, verdict
+) -> pd.DataFrame:  # kind ("model" or "difference"), name, figure (the metric), value, lo, hi, verdict
     "One row for each metric of each model, and of each difference."
-    found = [("arm", *item) for item in metrics.items()]
+    found = [("model", *item) for item in metrics.items()]
     found += [("difference", pair, {key: stored(d) for key, d in ds.items()}) for pair, ds in differences.items()]
     rows = [dict(kind=kind, name=name, figure=key, **ds[key]) for kind, name, ds in found for key in METRICS if key in ds]
     return pd.DataFrame(rows, columns=["kind", "name", "figure", "value", "lo", "hi", "verdict"])
@@ -98,7 +97,7 @@ def write_comparison(
 ) -> pd.DataFrame:                 # the rows of comparison.csv
     "Write comparison.json and comparison.csv."
     plain = {pair: {key: stored(d) for key, d in ds.items()} for pair, ds in differences.items()}
-    write_json(Path(folder)/"comparison.json", dict(arms=models, n=metrics[models[0]]["n"], differences=plain, localisation=localisation))
+    write_json(Path(folder)/"comparison.json", dict(models=models, n=metrics[models[0]]["n"], differences=plain, localisation=localisation))
     rows = comparison_rows(metrics, differences)
     rows.to_csv(Path(folder)/"comparison.csv", index=False, float_format="%.6f", lineterminator="\n")
     return rows

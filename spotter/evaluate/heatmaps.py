@@ -63,8 +63,7 @@ def read_localisation(path: str | Path) -> pd.DataFrame:  # text columns as text
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such table; `dvc repro` makes it in the stage evaluate")
     text = dict.fromkeys(["source", *CLIP_COLUMNS], str) | dict(label=int)
-    table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={name: [""] for name in [*SCORES, "above_threshold", "lit"]})
-    table = table.rename(columns=dict(lit="above_threshold"))   # its name in tables that were written before the shown map
+    table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={name: [""] for name in [*SCORES, "above_threshold"]})
     missing = [name for name in ["source", *CLIP_COLUMNS, *SCORES, "above_threshold"] if name not in table]
     if missing: raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}: is it a table of heatmap scores?")
     return table

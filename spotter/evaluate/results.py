@@ -17,7 +17,7 @@ import pandas as pd
 from .comparison import METRICS
 from .cost import multiply_adds, seconds_per_clip
 from .seeds import over_seeds, over_trainings
-from .tables import STORED_WORDS, overall_metrics, recall_and_auc
+from .tables import overall_metrics, recall_and_auc
 from .trainings import BASELINE, Trainings
 from ..metrics.bootstrap import significance
 from ..model.network import TemporalCNN_GRU
@@ -66,10 +66,6 @@ def guessing(
     return dict(accuracy=max(labels.mean(), 1 - labels.mean()), balanced_accuracy=.5, auc=.5)
 
 # %% ../../nbs/6_evaluate/88_results.ipynb #a25805b9
-def _verdict(d: dict[str, float]) -> str:
-    "The significance of a difference as the files spell it."
-    return STORED_WORDS.get(significance(d), significance(d))
-
 def _rows(found: dict[str, dict[str, dict]], names: list[str], **columns) -> list[dict]:
     "One row for each name and metric."
     return [columns | dict(name=name, figure=key, **ds[key]) for name, ds in found.items() for key in names]
@@ -77,13 +73,13 @@ def _rows(found: dict[str, dict[str, dict]], names: list[str], **columns) -> lis
 def seeds_table(
     found: dict[str, dict],        # of `seed_metrics`
     differences: dict[str, dict],  # of `seed_differences`
-) -> pd.DataFrame:  # the columns below: kind is "arm" for a model, figure is the metric
+) -> pd.DataFrame:  # the columns below: kind is "model" or "difference", figure is the metric
     "The rows of results_seeds.csv."
     metrics = [key for key in METRICS if key in next(iter(found.values()))]
-    rows = _rows(found, metrics, kind="arm") + _rows(differences, metrics, kind="difference")
+    rows = _rows(found, metrics, kind="model") + _rows(differences, metrics, kind="difference")
     for r in rows:
         wide = widened(r)
-        r |= dict(lo_trainings=wide["lo"], hi_trainings=wide["hi"], verdict=_verdict(wide) if r["kind"] == "difference" else "")
+        r |= dict(lo_trainings=wide["lo"], hi_trainings=wide["hi"], verdict=significance(wide) if r["kind"] == "difference" else "")
     columns = ["kind", "name", "seeds", "figure", "value", "lo", "hi", "spread", "lo_trainings", "hi_trainings", "verdict"]
     return pd.DataFrame(rows)[columns]
 
@@ -139,12 +135,12 @@ def groups_table(
     groups: dict[str, dict],  # of `group_aucs`
     at_c40: dict[str, dict],  # of `compression_losses`
     lost: dict[str, dict],
-) -> pd.DataFrame:  # arm (the model), group, figure (the metric), value, lo, hi, spread
+) -> pd.DataFrame:  # model, group, figure (the metric), value, lo, hi, spread
     "The rows of results_groups.csv."
-    rows = [dict(arm=model, group=g, figure="auc", **d) for model, gs in groups.items() for g, d in gs.items()]
+    rows = [dict(model=model, group=g, figure="auc", **d) for model, gs in groups.items() for g, d in gs.items()]
     not_yet = [key for key in SHOWN if key != "auc"]     # the AUC at c40 is in the rows above
-    rows += [dict(arm=model, group="c40: all", figure=key, **ds[key]) for model, ds in at_c40.items() for key in not_yet]
-    rows += [dict(arm=model, group="c40 - c23", figure=key, **ds[key]) for model, ds in lost.items() for key in SHOWN]
+    rows += [dict(model=model, group="c40: all", figure=key, **ds[key]) for model, ds in at_c40.items() for key in not_yet]
+    rows += [dict(model=model, group="c40 - c23", figure=key, **ds[key]) for model, ds in lost.items() for key in SHOWN]
     return pd.DataFrame(rows).drop(columns="seeds")
 
 # %% ../../nbs/6_evaluate/88_results.ipynb #72f8d4a9
@@ -171,10 +167,10 @@ def map_differences(
 def heatmaps_table(
     found: dict[str, dict],        # of `seed_metrics`
     differences: dict[str, dict],  # of `map_differences`
-) -> pd.DataFrame:  # kind ("arm" for a model), name, figure (the metric), value, lo, hi, spread
+) -> pd.DataFrame:  # kind ("model" or "difference"), name, figure (the metric), value, lo, hi, spread
     "The rows of results_heatmaps.csv."
     keys = ["average_precision", "iou"]
-    return pd.DataFrame(_rows(found, keys, kind="arm") + _rows(differences, keys, kind="difference")).drop(columns="seeds")
+    return pd.DataFrame(_rows(found, keys, kind="model") + _rows(differences, keys, kind="difference")).drop(columns="seeds")
 
 # %% ../../nbs/6_evaluate/88_results.ipynb #bcd4d81e
 def only_method(table: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -221,7 +217,7 @@ def learning_curve(
     for p, t in parts.items():
         repeated = dict(part=[t]*len(tables), whole=tables)
         wide = widened(seed_differences(repeated, [("part", "whole")], statistic, resamples, seed)["part - whole"][key], single=True)
-        rows[p] |= {f"to_whole_{k}": v for k, v in wide.items()} | dict(to_whole=_verdict(wide))
+        rows[p] |= {f"to_whole_{k}": v for k, v in wide.items()} | dict(to_whole=significance(wide))
     return list(rows.values())
 
 # %% ../../nbs/6_evaluate/88_results.ipynb #a08ad2d3

@@ -86,7 +86,6 @@ def heatmaps(self: Trainings,
 ) -> pd.DataFrame:          # one row per fake clip: clip_id, label, method, target_id, source_id, scores
     "Scores of a training's heatmaps on the fakes of the test split."
     rows = read_localisation(_path(self, "localisation", name)).query("label == 1")
-    if source == "shown" and "shown" not in set(rows.source): source = "fused"   # tables that were written before the shown map
     return rows[rows.source == source].reset_index(drop=True)
 
 # %% ../../nbs/6_evaluate/83_trainings.ipynb #964e3984

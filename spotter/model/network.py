@@ -139,6 +139,15 @@ def train(self: TemporalCNN_GRU, mode: bool = True) -> TemporalCNN_GRU:
     for module in (*self._frozen, *self._fixed_norms): nn.Module.train(module, False)
     return self
 
+# %% ../../nbs/2_model/20_network.ipynb #aac57a12
+@patch
+def freeze_frames(self: TemporalCNN_GRU):
+    "Freeze all that looks at single frames, batch-norm statistics included: only the GRU and the classifier go on training."
+    self.unfreeze()
+    self._frozen = [m for m in (self.feature_extractor, self.spatial_attention, self.mask_head) if m is not None]
+    for module in self._frozen: module.requires_grad_(False)
+    self.train(self.training)
+
 # %% ../../nbs/2_model/20_network.ipynb #82ad528d
 @patch
 def fix_statistics(self: TemporalCNN_GRU):
