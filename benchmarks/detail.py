@@ -1,4 +1,7 @@
-"""A detector without a network, as an example for `spotter benchmark`: how much fine detail the sharpest place of a frame has, and where it is."""
+"""An example for `spotter benchmark`, a detector without a network.
+
+It measures how much fine detail the sharpest place of a frame has, and where that is.
+"""
 import cv2
 import numpy as np
 

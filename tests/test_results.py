@@ -17,7 +17,8 @@ from spotter.metrics.bootstrap import significance
 
 ROOT = Path(__file__).parents[1]
 PARAMS, RUNS = load_params(ROOT/"params.yaml"), yaml.safe_load((ROOT/"results"/"params.yaml").read_text())["runs"]
-pytestmark = pytest.mark.skipif(not (ROOT/"metrics"/"results_seeds.csv").is_file(), reason="`make results` has not been run on these clips")
+MADE = (ROOT/"metrics"/"results_seeds.csv").is_file()
+pytestmark = pytest.mark.skipif(not MADE, reason="`make results` has not been run on these clips")
 
 
 @pytest.fixture(scope="module")
