@@ -97,7 +97,8 @@ def write_comparison(
 ) -> pd.DataFrame:                 # the rows of comparison.csv
     "Write comparison.json and comparison.csv."
     plain = {pair: {key: stored(d) for key, d in ds.items()} for pair, ds in differences.items()}
-    write_json(Path(folder)/"comparison.json", dict(models=models, n=metrics[models[0]]["n"], differences=plain, localisation=localisation))
+    found = dict(models=models, n=metrics[models[0]]["n"], differences=plain, localisation=localisation)
+    write_json(Path(folder)/"comparison.json", found)
     rows = comparison_rows(metrics, differences)
     rows.to_csv(Path(folder)/"comparison.csv", index=False, float_format="%.6f", lineterminator="\n")
     return rows
