@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,13 +73,13 @@ def tiny(settings: dict) -> dict:
     return settings
 
 
-def make_project(folder: Path, settings: dict, runs: dict, methods: set[str], both: bool) -> Project:
-    "A project in which `dvc repro` has run."
+def make_project(folder: Path, settings: dict, runs: dict, write_corpus: Callable[[Path], object]) -> Project:
+    "A project in which `dvc repro` has run on a corpus of a few clips."
     for name in ("dvc.yaml", "settings.ini", ".dvcignore"): shutil.copy(ROOT/name, folder)
     for name in ("nbs/stages", "spotter", "results"):
         shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "dvc.lock"))
     (folder/"reports").mkdir()
-    subset(ROOT/"data", folder/"data", methods, both)
+    write_corpus(folder/"data")
     project = Project(folder, tuple(settings["models"]))
     project.write(tiny(settings))
     (folder/"results"/"params.yaml").write_text(yaml.safe_dump(runs, sort_keys=False))
@@ -109,8 +110,10 @@ def some_runs(models: tuple[str, ...]) -> dict:
 def project(request, tmp_path_factory):
     folder, settings = tmp_path_factory.mktemp("project"), yaml.safe_load((ROOT/"params.yaml").read_text())
     methods, more = {"youtube", "Deepfakes", "NeuralTextures"}, {"Face2Face", "FaceSwap"}
-    if request.param == "one model": return make_project(folder, one_model(settings), NO_RUNS, methods, both=False)
-    return make_project(folder, settings, some_runs(tuple(settings["models"])), methods | more, both=True)
+    if request.param == "one model":
+        return make_project(folder, one_model(settings), NO_RUNS, lambda out: subset(ROOT/"data", out, methods, both=False))
+    runs = some_runs(tuple(settings["models"]))
+    return make_project(folder, settings, runs, lambda out: subset(ROOT/"data", out, methods | more, both=True))
 
 
 all_models = pytest.mark.parametrize("project", [pytest.param("all models", marks=slow)], indirect=True)

@@ -93,12 +93,12 @@ def write_comparison(
     models: list[str],
     metrics: dict[str, dict],      # name -> its metrics file; of the models and of the baseline
     differences: dict[str, dict],  # of `model_differences`, and of `auc_over_baseline`
-    localisation: dict,            # baseline: the reference's name, relative_gain: of `relative_gains`
+    localisation: dict,            # baseline: the reference's name, relative_gain: of `relative_gains`; empty without masks
 ) -> pd.DataFrame:                 # the rows of comparison.csv
     "Write comparison.json and comparison.csv."
     plain = {pair: {key: stored(d) for key, d in ds.items()} for pair, ds in differences.items()}
-    found = dict(models=models, n=metrics[models[0]]["n"], differences=plain, localisation=localisation)
-    write_json(Path(folder)/"comparison.json", found)
+    gained = dict(localisation=localisation) if localisation else {}
+    write_json(Path(folder)/"comparison.json", dict(models=models, n=metrics[models[0]]["n"], differences=plain) | gained)
     rows = comparison_rows(metrics, differences)
     rows.to_csv(Path(folder)/"comparison.csv", index=False, float_format="%.6f", lineterminator="\n")
     return rows

@@ -56,7 +56,7 @@ def draw_face_sizes(
     ax = new_axes(ax, 6, 2.6)
     shown = clips.assign(label=clips.label.map({0: "real", 1: "fake"}))
     sns.boxplot(shown, x="face_size", y="method", hue="label", order=method_order(clips), hue_order=["real", "fake"],
-                palette=[REAL, FAKE], dodge=False, fliersize=2, ax=ax)
+                palette=[REAL, FAKE], dodge=False, fliersize=2, legend="full", ax=ax)
     ax.axvline(stored, color="grey", ls=":"); ax.text(stored, -0.6, "stored size", color="grey", fontsize=8, ha="center")
     ax.set(xlabel="side of the crop in the video (pixels, median over a clip)", ylabel="")
     sns.move_legend(ax, "upper left", bbox_to_anchor=(1.01, 1), title="")

@@ -35,15 +35,16 @@ OUTLINE = "#00e5ff"
 @styled
 def draw_evidence(
     frames: np.ndarray,           # (T, H, W, 3) uint8 RGB
-    masks,                        # (T, H, W) bool or 0/1, or None where nothing was manipulated
+    masks,                        # (T, H, W) bool or 0/1; None where they are not known
     maps: dict[str, np.ndarray],  # {name of the row: (T, h, w) in [0, 1]}
     titles: list[str] | None = None,  # (T,) one above each column, such as the time
     title: str = "",              # above all
     size: float = 1.15,           # of a tile, in inches
 ) -> Figure:
     "Frames, true masks and heatmaps of a clip over time, with the outline of the mask and the AP on each."
+    truth = {} if masks is None else {"true mask": overlay(frames, np.zeros(frames.shape[:3]))}
     masks = np.zeros(frames.shape[:3], bool) if masks is None else np.asarray(masks).astype(bool)
-    rows = {"frame": frames, "true mask": overlay(frames, masks*0.)} | {name: overlay(frames, m) for name, m in maps.items()}
+    rows = {"frame": frames} | truth | {name: overlay(frames, m) for name, m in maps.items()}
     above = .2*(1 + max((t.count("\n") + 1 for t in titles or []), default=0)) + .15*bool(title)
     figure, axes = _tiles(len(rows), len(frames), size, above)
     for line, (name, pictures) in zip(axes, rows.items()):
@@ -51,7 +52,7 @@ def draw_evidence(
             ax.imshow(picture); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
             if name != "frame": _outline(ax, mask, filled=name == "true mask")
         line[0].set_ylabel(_row_name(name, maps, masks.any()), rotation=0, ha="right", va="center", fontsize="small")
-    for name, line in zip(maps, axes[2:]): _note_scores(line, maps[name], masks)
+    for name, line in zip(maps, axes[1 + len(truth):]): _note_scores(line, maps[name], masks)
     for ax, text in zip(axes[0], titles or []): ax.set_title(text, fontsize="small", loc="center")
     _scale(figure, axes)
     figure.suptitle(title, fontsize="medium", y=1 - .08/figure.get_figheight(), va="top")

@@ -25,11 +25,10 @@ def draw_clips(
     examples: list[Example],
     titles: list[str],         # above each column; an example of several frames needs as many
     title: str,                # above all
-    masks: bool = True,        # false: nothing was manipulated
 ) -> Figure:
     "Several clips side by side."
     together = side_by_side(examples)
-    return draw_evidence(together.frames, together.masks if masks else None, together.maps, titles, title)
+    return draw_evidence(together.frames, together.masks, together.maps, titles, title)
 
 # %% ../../nbs/6_evaluate/62_example_figures.ipynb #5a30d5fb
 def draw_ranked(
@@ -46,15 +45,15 @@ def draw_ranked(
 # %% ../../nbs/6_evaluate/62_example_figures.ipynb #d85446e8
 def draw_medians(
     examples: Examples,
-    rows: pd.DataFrame,  # clip_id, strength, average_precision
+    rows: pd.DataFrame,  # clip_id, strength, and average_precision where there are scores
     most: int = 6,       # frames that are shown of each clip
 ) -> list[Figure]:
     "A picture of each clip over time."
     figures = []
     for r in rows.itertuples():
         example = examples.show(r.clip_id, list(range(examples.frames))[:most])
-        title = f"{r.clip_id} ({r.strength or 'no strength'}): p_fake {example.p_fake:.2f}, AP of the shown map {r.average_precision:.2f}"
-        figures.append(draw_over_time(example, title))
+        scored = f", AP of the shown map {r.average_precision:.2f}" if "average_precision" in rows else ""
+        figures.append(draw_over_time(example, f"{r.clip_id} ({r.strength or 'no strength'}): p_fake {example.p_fake:.2f}{scored}"))
     return figures
 
 # %% ../../nbs/6_evaluate/62_example_figures.ipynb #358b35ec
@@ -65,4 +64,4 @@ def draw_real(
     "The middle frame of real clips, with the score and the share of the face above the threshold."
     shown = [examples.show(clip, [examples.frames//2]) for clip in rows.clip_id]
     titles = [f"p_fake {e.p_fake:.2f}\nabove {share:.0%}" for e, share in zip(shown, rows.above_threshold)]
-    return draw_clips(shown, titles, "real clips, by the share of the face above the threshold", masks=False)
+    return draw_clips(shown, titles, "real clips, by the share of the face above the threshold")

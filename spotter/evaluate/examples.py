@@ -35,7 +35,7 @@ def spread_out(
 class Example:
     "Some frames of a clip, with the true masks and the maps that go with them."
     frames: np.ndarray           # (T, H, W, 3) uint8 RGB
-    masks: np.ndarray            # (T, H, W) 0/1
+    masks: np.ndarray | None     # (T, H, W) 0/1; None where they are not known
     maps: dict[str, np.ndarray]  # source -> (T, h, w) in [0, 1]
     p_fake: float                # of the whole clip
     numbers: list[int]           # of the frames among the stored ones, from 1 on
@@ -77,7 +77,7 @@ def show(self: Examples,
     (pictures, masks), (maps, p_fake) = self.store.read(clip_id, [positions[t] for t in times]), self.explain(clip_id)
     unit = (self.model.heatmap_constants or {}) | dict.fromkeys(("shown", "fused", "attention", "mask head"), 1)
     scaled = {name: np.clip(m[times]/unit.get(name, m.max() or 1), 0, 1) for name, m in maps.items()}
-    return Example(pictures, masks, scaled, p_fake, [positions[t] + 1 for t in times])
+    return Example(pictures, masks if row.has_mask or not row.label else None, scaled, p_fake, [positions[t] + 1 for t in times])
 
 # %% ../../nbs/6_evaluate/44_examples.ipynb #9598b37f
 def middle_frame(
@@ -92,7 +92,8 @@ def middle_frame(
 def side_by_side(
     examples: list[Example],  # with the same sources of maps
 ) -> Example:                 # all their frames in a row; p_fake is the mean
-    "Several clips as if they were one, to be drawn beside each other."
+    "Several clips as if they were one, to be drawn beside each other; without masks where those of one are not known."
     maps = {name: np.concatenate([e.maps[name] for e in examples]) for name in examples[0].maps}
-    pictures, masks = (np.concatenate([getattr(e, name) for e in examples]) for name in ("frames", "masks"))
+    pictures, masks = np.concatenate([e.frames for e in examples]), [e.masks for e in examples]
+    masks = None if any(m is None for m in masks) else np.concatenate(masks)
     return Example(pictures, masks, maps, float(np.mean([e.p_fake for e in examples])), [n for e in examples for n in e.numbers])

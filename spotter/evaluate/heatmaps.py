@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLIP_COLUMNS', 'freeze_thresholds', 'score_clip', 'write_localisation', 'read_localisation', 'localisation_table',
            'above_threshold_on_real', 'gains', 'extent', 'score_maps', 'localisation_summary', 'heatmap_metrics',
-           'in_words', 'best_median_worst']
+           'in_words', 'best_median_worst', 'shown_fakes']
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #9b84805f
 import math
@@ -75,10 +75,12 @@ def localisation_table(
     seed: int = 0,
     by: tuple = ("method", "strength"), # columns of groups; rows with "" are in no group
 ) -> pd.DataFrame:  # by, group, clips, source, score, value, lo, hi; the first group is ("all", "all")
-    "Means over clips with 95 % intervals over identities. Raises `ValueError` when sources were scored on different clips."
-    groups = [("all", "all", scores)]
+    """Means over clips with 95 % intervals over identities; no rows for no scores.
+    Raises `ValueError` when sources were scored on different clips."""
+    groups = [("all", "all", scores)]*bool(len(scores))
     groups += [(column, str(name), rows) for column in by for name, rows in scores.groupby(column, sort=True) if name != ""]
-    return pd.DataFrame([row for column, name, rows in groups for row in _group_rows(column, name, rows, resamples, seed)])
+    rows = [row for column, name, rows in groups for row in _group_rows(column, name, rows, resamples, seed)]
+    return pd.DataFrame(rows, columns=["by", "group", "clips", "source", "score", "value", "lo", "hi"])
 
 def _group_rows(column: str, name: str, rows: pd.DataFrame, resamples: int, seed: int) -> list[dict]:
     "Rows of a group: one for each source and score."
@@ -214,3 +216,13 @@ def best_median_worst(
         places = sorted(({0: "best", len(group) - 1: "worst"} | {len(group)//2: "median"}).items())
         return group.iloc[[k for k, _ in places]].assign(rank=[rank for _, rank in places])
     return pd.concat([pick(group) for _, group in rows.groupby("method")], ignore_index=True)
+
+# %% ../../nbs/6_evaluate/30_heatmaps.ipynb #f996f758
+def shown_fakes(
+    scores: pd.DataFrame,    # rows of `score_clip`, of fakes; none where the corpus has no masks
+    verdicts: pd.DataFrame,  # the model's prediction table
+) -> pd.DataFrame:  # of `best_median_worst`
+    "Fakes to be shown, by the average precision of the shown map; where no map has a score, by `p_fake`."
+    if len(scores): return best_median_worst(scores, "shown")
+    fakes = verdicts[verdicts.label == 1].fillna(dict(strength=""))
+    return best_median_worst(fakes.assign(source="shown"), "shown", "p_fake")
