@@ -62,7 +62,7 @@ def test_another_model_is_in_every_table(four, tmp_path):
     differences |= auc_over_baseline(tables, models, BASELINE, 10, 0)
     rows = write_comparison(tmp_path, models, found, differences, dict(baseline=reference_name(models), relative_gain=gain))
     assert {"fourth", "fourth - handmade", *(f"fourth - {m}" for m in MODELS)} <= set(rows.name)
-    assert json.loads((tmp_path/"comparison.json").read_text())["arms"] == models
+    assert json.loads((tmp_path/"comparison.json").read_text())["models"] == models
     assert {r["verdict"] for r in rows.to_dict("records") if r["name"] == f"fourth - {MODELS[-1]}"} == {"not significant"}
 
 

@@ -121,7 +121,7 @@ def test_every_file_is_written(project):
     assert "localisation" not in found and set(found["deletion"]["advantage"]["deletion"]) == {"shown"}
     assert found["coverage"]["real"]["scored"] > 0 and found["coverage"]["fake"]["scored"] > 0
     written = json.loads((project/"metrics/comparison.json").read_text())
-    assert written["arms"] == ["small"] and "small - handmade" in written["differences"] and "localisation" not in written
+    assert written["models"] == ["small"] and "small - handmade" in written["differences"] and "localisation" not in written
     assert set(pd.read_csv(project/"metrics/comparison.csv").name) == {"handmade", "small", "small - handmade"}
     assert (project/"reports/html/models/small/evaluate.html").is_file() and (project/"checkpoints/shipped.safetensors").is_file()
 

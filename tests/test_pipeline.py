@@ -134,7 +134,7 @@ def test_the_corpus_and_the_comparison_are_reported(project):
     names += [f"metrics/{name}.json" for name in ("comparison", "audit", "baseline/metrics")]
     names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "baseline", "ship", "compare")]
     assert not (missing := [name for name in names if not (project/name).is_file()]), missing
-    assert json.loads((project/"metrics"/"comparison.json").read_text())["arms"] == list(project.models)
+    assert json.loads((project/"metrics"/"comparison.json").read_text())["models"] == list(project.models)
 
 
 def test_an_outsider_gets_the_same_metrics(project):
@@ -304,7 +304,7 @@ def test_a_fourth_model_in_params_alone_appears_everywhere(project):
     assert project.changed("dvc.yaml") == {"train@fourth", "calibrate@fourth", "evaluate@fourth", "compare"}
     project.run("dvc", "repro")
     found = json.loads((project/"metrics"/"comparison.json").read_text())
-    assert found["arms"] == [*others, "fourth"] and f"fourth - {others[0]}" in found["differences"]
+    assert found["models"] == [*others, "fourth"] and f"fourth - {others[0]}" in found["differences"]
     assert {"fourth", f"fourth - {others[-1]}"} <= set(pd.read_csv(project/"metrics"/"comparison.csv").name)
     assert {"fourth: shown", "fourth: fused"} <= set(pd.read_csv(project/"metrics"/"localisation.csv").source)
     assert (project/"reports"/"html"/"models"/"fourth"/"evaluate.html").is_file()
