@@ -77,12 +77,17 @@ def verdict_aims(
     multiscale: bool, # whether it has a pyramid
 ) -> dict[str, str]:  # aim -> what was measured and ✓, or ✗ and by how much the aim is missed
     "How a model's verdicts stand to the aims."
-    auc, ece = metrics["auc"], metrics["ece"]
-    def told(measured, gap): return f"{measured:.3f} ✓" if gap <= 0 else f"{measured:.3f} ✗, by {gap:.3f}"
-    found = {f"AUC at least {PLAIN_AUC_AIM:g}": told(auc["value"], PLAIN_AUC_AIM - auc["value"])}
-    if multiscale: found = {f"AUC at least {AUC_AIM:g}": told(auc["value"], AUC_AIM - auc["value"]),
-                            f"lower end at least {AUC_LOWER_AIM:g}": told(auc["lo"], AUC_LOWER_AIM - auc["lo"])}
-    return found | {f"calibration error at most {ECE_AIM:g}": told(ece["value"], ece["value"] - ECE_AIM)}
+    auc = metrics["auc"]
+    found = {f"AUC at least {PLAIN_AUC_AIM:g}": _told(auc["value"], PLAIN_AUC_AIM)}
+    if multiscale: found = {f"AUC at least {AUC_AIM:g}": _told(auc["value"], AUC_AIM),
+                            f"lower end at least {AUC_LOWER_AIM:g}": _told(auc["lo"], AUC_LOWER_AIM)}
+    return found | {f"calibration error at most {ECE_AIM:g}": _told(metrics["ece"]["value"], ECE_AIM, sign=-1)}
+
+def _told(measured: float | None, aim: float, sign: int = 1) -> str:
+    "A metric with its mark; a file says null for what is undefined, as the interval of a single pair of identities is."
+    if measured is None or measured != measured: return "undefined"
+    gap = sign*(aim - measured)
+    return f"{measured:.3f} ✓" if gap <= 0 else f"{measured:.3f} ✗, by {gap:.3f}"
 
 # %% ../../nbs/6_evaluate/86_comparison.ipynb #f2da7c33
 def stored(
