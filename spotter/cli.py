@@ -356,7 +356,8 @@ def _audited(root: Path | None, layout: str | None, compression: str | None) -> 
 # %% ../nbs/9_cli/00_cli.ipynb #a0d17c03
 @app.command()
 def audit(
-    root: Annotated[Optional[Path], typer.Argument(help="Folder of the corpus. [default: the corpus of params.yaml]", show_default=False)] = None,
+    root: Annotated[Optional[Path], typer.Argument(
+        help="Folder of the corpus. [default: the corpus of params.yaml]", show_default=False)] = None,
     layout: Annotated[Optional[str], typer.Option(
         help="How it lies on disk: ffpp, celeb_df, dfdc, folders ... [default: recognised]", show_default=False)] = None,
     compression: Annotated[Optional[str], typer.Option(
@@ -364,11 +365,11 @@ def audit(
     json_out: Annotated[Optional[Path], typer.Option("--json", help="Write everything that was found.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 when something was found.")] = False,
 ):
-    """Look for leaks and giveaways in a corpus: people, originals and copies of a video in more than one split, missing splits and classes,
-    files whose codec, size, bit rate or other property tells the label, lists that disagree with the disk, videos that cannot be read.
+    """Look for leaks and giveaways in a corpus: people, originals and copies of a video in more than one split, missing splits and
+    classes, files whose codec, size, bit rate or other property tells the label, lists that disagree with the disk, unreadable videos.
     Headers and the first seconds of the videos in a split are read; neither faces nor masks are needed.
-    Without a folder, layout and compression are those of params.yaml. Exit code 0, with --strict 1 when something was found, 2 for wrong
-    usage or a corpus that cannot be read."""
+    Without ROOT, layout and compression are those of params.yaml.
+    Exit code 0, with --strict 1 when something was found, 2 for wrong usage or a corpus that cannot be read."""
     from spotter.evaluate.corpus_audit import audit_corpus, audit_record, audit_text
     from spotter.evaluate.tables import write_json
     try:

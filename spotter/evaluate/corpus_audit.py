@@ -86,7 +86,7 @@ def _look(clips: pd.DataFrame, root: Path, workers: int) -> tuple[pd.DataFrame, 
     found = list(progress(done, total=len(clips), desc="audit", unit="video"))
     return clips.join(pd.DataFrame([header for header, _ in found], index=clips.index)), [small for _, small in found]
 
-# %% ../../nbs/6_evaluate/79_corpus_audit.ipynb #20c4ac4b
+# %% ../../nbs/6_evaluate/79_corpus_audit.ipynb #6a76f656
 EXAMPLES = 5   # findings of a check that the text shows
 
 def audit_text(audit: Audit) -> str:
@@ -100,8 +100,9 @@ def audit_text(audit: Audit) -> str:
         lines = [f"{one.name:<12}{f'{n} FOUND' if n else 'ok':<11}{one.sentence}"]
         lines += [f"    {what}" for what in (one.found.what[:EXAMPLES] if n else ())] + [f"    … and {n - EXAMPLES} more"]*(n > EXAMPLES)
         parts.append("\n".join(lines + [f"    note: {remark}" for remark in one.remarks]))
-    total = f"{audit.findings} findings in {sum(len(o.found) > 0 for o in audit.checks)} of {len(audit.checks)} checks"
-    return "\n\n".join([*parts, total if audit.findings else f"nothing found in {len(audit.checks)} checks"])
+    n, broken = audit.findings, sum(len(one.found) > 0 for one in audit.checks)
+    total = f"{n} finding{'s'*(n > 1)} in {broken} of {len(audit.checks)} checks" if n else f"nothing found in {len(audit.checks)} checks"
+    return "\n\n".join([*parts, total])
 
 # %% ../../nbs/6_evaluate/79_corpus_audit.ipynb #bd4d4781
 def audit_record(audit: Audit) -> dict:

@@ -6,7 +6,7 @@
 __all__ = ['CATEGORIES', 'NUMBERS', 'GIVEN_AWAY', 'NAMES', 'encoder_settings', 'read_header', 'halves', 'category_scores',
            'category_auc', 'giveaways', 'class_values', 'headers_check']
 
-# %% ../../nbs/6_evaluate/77_headers.ipynb #2b07f179
+# %% ../../nbs/6_evaluate/77_headers.ipynb #a8929943
 import math
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.video import VideoError, probe
-from .audit import fold_groups, with_intervals
+from .audit import BOUNDS, fold_groups, with_intervals
 from .leaks import Check, check
 from ..metrics.bootstrap import SHARE, bootstrap_rows, interval
 from ..metrics.classification import auc
@@ -29,7 +29,7 @@ def encoder_settings(packet: bytes) -> str:
     match = _SETTINGS.search(packet)
     return _MACHINE.sub("", match[1].decode("ascii", "replace")).strip() if match else ""
 
-# %% ../../nbs/6_evaluate/77_headers.ipynb #9ac51bf7
+# %% ../../nbs/6_evaluate/77_headers.ipynb #055fffdd
 def read_header(path: str | Path) -> dict:   # see `CATEGORIES` and `NUMBERS`; width, height and frames
     "Properties of a video file. `VideoError` with the reason for one that cannot be read."
     import av   # not at the top, because tables are made where there is no FFmpeg
@@ -55,7 +55,8 @@ def _stream_facts(container, stream, info) -> dict:
                 size=f"{info.width} × {info.height}", fps=f"{info.fps:.5g}", frames=str(frames), container=container.format.name,
                 encoder=", ".join(filter(None, tags)), audio=next((s.codec_context.name for s in container.streams.audio), "none"),
                 width=info.width, height=info.height, pixels=info.width*info.height, seconds=seconds, bit_rate=float(rate),
-                bits_per_pixel=rate/(info.width*info.height*(info.fps or 25)), key_frame_distance=len(keys)/sum(keys) if any(keys) else math.nan)
+                bits_per_pixel=rate/(info.width*info.height*(info.fps or 25)),
+                key_frame_distance=len(keys)/sum(keys) if any(keys) else math.nan)
 
 # %% ../../nbs/6_evaluate/77_headers.ipynb #cd7930ba
 CATEGORIES = ("codec", "chroma", "colour", "size", "fps", "frames", "container", "encoder", "settings", "audio", "ending")
@@ -95,9 +96,9 @@ def category_auc(
     value, drawn, units = bootstrap_rows(clips, mean, resamples, seed)
     return interval(float(value), drawn, float(units), SHARE)
 
-# %% ../../nbs/6_evaluate/77_headers.ipynb #33bc6468
+# %% ../../nbs/6_evaluate/77_headers.ipynb #f1f691b7
 NUMBERS = ("pixels", "seconds", "bit_rate", "bits_per_pixel", "key_frame_distance")
-GIVEN_AWAY = .6   # AUC at the lower end of the interval, at least
+GIVEN_AWAY = BOUNDS["auc"]   # AUC at the lower end of the interval, at least
 
 def giveaways(
     clips: pd.DataFrame,     # one row a clip: label, split, target_id, source_id, and what `read_header` gives
@@ -124,11 +125,11 @@ def _telling(clips: pd.DataFrame, feature: str, resamples: int, seed: int) -> di
     (found,) = with_intervals(clips, clips[feature].to_numpy(float)[:, None], resamples, seed)
     return dict(value=1 - found["value"], lo=1 - found["hi"], hi=1 - found["lo"]) if found["value"] < .5 else found
 
-# %% ../../nbs/6_evaluate/77_headers.ipynb #5b8edada
-NAMES = dict(codec="codec", chroma="chroma format", colour="colour tags", size="width × height", fps="frame rate", frames="number of frames",
-             container="container", encoder="encoder and brand tags", settings="encoder settings", audio="sound", ending="ending of the name",
-             pixels="pixels of a frame", seconds="duration (s)", bit_rate="bit rate (bits/s)", bits_per_pixel="bits a pixel",
-             key_frame_distance="distance of key frames")
+# %% ../../nbs/6_evaluate/77_headers.ipynb #3dd8bdb5
+NAMES = dict(codec="codec", chroma="chroma format", colour="colour tags", size="width × height", fps="frame rate",
+             frames="number of frames", container="container", encoder="encoder and brand tags", settings="encoder settings",
+             audio="sound", ending="ending of the name", pixels="pixels of a frame", seconds="duration (s)",
+             bit_rate="bit rate (bits/s)", bits_per_pixel="bits a pixel", key_frame_distance="distance of key frames")
 
 def class_values(
     clips: pd.DataFrame,  # of one split: label and the feature
@@ -150,7 +151,7 @@ def _distinct(values: pd.Series) -> pd.Series:
     shared = set.intersection(*map(set, words.values())) if max(map(len, words)) > 60 else set()
     return values.map({text: " ".join(w for w in its if w not in shared) if shared else text for text, its in words.items()})
 
-# %% ../../nbs/6_evaluate/77_headers.ipynb #a73a8bf2
+# %% ../../nbs/6_evaluate/77_headers.ipynb #b9044fe9
 def headers_check(
     clips: pd.DataFrame,   # as for `giveaways`
     found: pd.DataFrame,   # of `giveaways`
@@ -167,4 +168,4 @@ def headers_check(
     fine = f"no property of the files tells the label (AUC of {GIVEN_AWAY} at the lower end of its interval)"
     strongest = alike.value.max() if len(alike) else math.nan
     if not rows and math.isfinite(strongest): fine += f"; the strongest has {strongest:.2f}"
-    return check("headers", fine, "{n} times a property of the files tells the label", rows, told)
+    return check("headers", fine, "properties of the files tell the label", rows, told)

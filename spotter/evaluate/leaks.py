@@ -17,7 +17,7 @@ from ..data.corpora import LAYOUTS, torn_people
 from ..data.layouts.ffpp import SAME_VIDEO, read_splits
 from ..data.table import SPLITS
 
-# %% ../../nbs/6_evaluate/71_leaks.ipynb #79af1e2e
+# %% ../../nbs/6_evaluate/71_leaks.ipynb #c278d060
 @dataclass(frozen=True)
 class Check:
     "The answer to one question about a corpus."
@@ -27,8 +27,8 @@ class Check:
     remarks: tuple[str, ...] = ()  # no faults
 
 def check(name: str, fine: str, bad: str, rows: list[dict], remarks: Iterable[str] = ()) -> Check:
-    "A `Check` with the sentence `fine` where there are no rows, and otherwise `bad`, where {n} stands for their number."
-    return Check(name, bad.format(n=len(rows)) if rows else fine, pd.DataFrame(rows), tuple(remarks))
+    "A `Check` with the sentence `fine` where there are no rows, and `bad` otherwise."
+    return Check(name, bad if rows else fine, pd.DataFrame(rows), tuple(remarks))
 
 # %% ../../nbs/6_evaluate/71_leaks.ipynb #9bc5a582
 def shared_people(clips: pd.DataFrame) -> list[dict]:   # clips: of `index_dataset`; rows: kind, who, splits, what
@@ -61,7 +61,7 @@ def same_video(clips: pd.DataFrame, root: Path, layout: str) -> list[dict]:   # 
                          what=f"{a} ({of[0]}) and {b} ({of[1]}) are cut from one video{handled}"))
     return rows
 
-# %% ../../nbs/6_evaluate/71_leaks.ipynb #165c8da9
+# %% ../../nbs/6_evaluate/71_leaks.ipynb #b93d9de9
 def people_check(
     clips: pd.DataFrame,  # of `index_dataset`
     root: Path,           # of the corpus
@@ -69,9 +69,10 @@ def people_check(
 ) -> Check:
     "Whether a person is in more than one split."
     rows = shared_people(clips) + same_video(clips, root, layout)
-    return check("people", "nobody is in more than one split, as far as the corpus tells who is who", "{n} times a person is in more than one split", rows)
+    fine = "nobody is in more than one split, as far as the corpus tells who is who"
+    return check("people", fine, "people are in more than one split", rows)
 
-# %% ../../nbs/6_evaluate/71_leaks.ipynb #b6929fbd
+# %% ../../nbs/6_evaluate/71_leaks.ipynb #b55b89a6
 def named_originals(
     root: Path,
     layout: str,                # a name of `LAYOUTS`
@@ -80,7 +81,10 @@ def named_originals(
     "The originals that a corpus names."
     return {r["clip_id"]: r["original"] for r in LAYOUTS[layout].read(root, compression)[0] if r["original"]}
 
-def torn_originals(clips: pd.DataFrame, named: dict[str, str]) -> list[dict]:   # rows: kind, clip_id, split, original, original_split, what
+def torn_originals(
+    clips: pd.DataFrame,     # of `index_dataset`
+    named: dict[str, str],   # of `named_originals`
+) -> list[dict]:             # rows: kind, clip_id, split, original, original_split, what
     "Fakes whose original is missing, in no split or in another one."
     place, rows = dict(zip(clips.clip_id, clips.split)), []
     for clip_id, split in zip(clips.clip_id, clips.split):
@@ -93,10 +97,12 @@ def torn_originals(clips: pd.DataFrame, named: dict[str, str]) -> list[dict]:   
                          what=f"{clip_id} is in {split}, its original {original} {told}"))
     return rows
 
-# %% ../../nbs/6_evaluate/71_leaks.ipynb #e4cc07f2
+# %% ../../nbs/6_evaluate/71_leaks.ipynb #62124afa
 def shared_originals(clips: pd.DataFrame, named: dict[str, str]) -> list[dict]:   # rows: kind, original, split, what
-    "Originals whose fakes are in more than one split."
-    fakes = clips[clips.split != ""].assign(original=lambda t: t.clip_id.map(named)).dropna(subset="original")
+    "Originals in no split whose fakes are in more than one."
+    used = clips[clips.split != ""]
+    fakes = used.assign(original=used.clip_id.map(named)).dropna(subset="original")
+    fakes = fakes[~fakes.original.isin(used.clip_id)]   # of the others `torn_originals` tells
     rows = []
     for original, its in fakes.groupby("original"):
         if its.split.nunique() < 2: continue
@@ -110,9 +116,10 @@ def originals_check(clips: pd.DataFrame, named: dict[str, str]) -> Check:
     rows = torn_originals(clips, named) + shared_originals(clips, named)
     unknown = int(((clips.label == 1) & (clips.split != "") & ~clips.clip_id.isin(list(named))).sum())
     told = [f"{unknown} fakes name no original: whether it is in another split cannot be said"] if unknown else []
-    return check("originals", "each fake that names its original is in the split of it", "{n} times a fake is away from its original", rows, told)
+    fine = "each fake that names its original is in the split of it"
+    return check("originals", fine, "fakes are away from their originals", rows, told)
 
-# %% ../../nbs/6_evaluate/71_leaks.ipynb #7ece3e9c
+# %% ../../nbs/6_evaluate/71_leaks.ipynb #6796ea34
 def balance_check(clips: pd.DataFrame) -> Check:
     "Whether each split has real and fake clips."
     counts = {s: tuple(int(((clips.split == s) & (clips.label == c)).sum()) for c in (0, 1)) for s in SPLITS}
@@ -120,10 +127,11 @@ def balance_check(clips: pd.DataFrame) -> Check:
     for split, both in counts.items():
         for kind in ("real or fake",) if not any(both) else [k for k, n in zip(("real", "fake"), both) if not n]:
             rows.append(dict(kind="missing", split=split, missing=kind, what=f"{split} has no {kind} clip"))
-    told = [f"{split}: {real} real and {fake} fake clips, {fake/(real + fake):.0%} fake" for split, (real, fake) in counts.items() if real + fake]
-    return check("balance", "train, val and test have clips of both classes", "{n} classes or splits are missing", rows, told)
+    told = [f"{split}: {real} real and {fake} fake clips, {fake/(real + fake):.0%} fake"
+            for split, (real, fake) in counts.items() if real + fake]
+    return check("balance", "train, val and test have clips of both classes", "splits or classes are missing", rows, told)
 
-# %% ../../nbs/6_evaluate/71_leaks.ipynb #dda2198c
+# %% ../../nbs/6_evaluate/71_leaks.ipynb #7a321898
 _DISAGREE = ("on disk but not in", "but not on disk")   # words of `compare_lists`
 _ELSEWHERE = "people are in more than one split"        # `people_check` tells it with names
 
@@ -135,5 +143,5 @@ def files_check(
     rows = [dict(kind="list", path="", what=note) for note in notes if any(words in note for words in _DISAGREE)]
     rows += [dict(kind="unreadable", path=path, what=reason) for path, reason in unreadable.items()]
     told = [note for note in notes if not any(words in note for words in (*_DISAGREE, _ELSEWHERE))]
-    return check("files", "lists and files agree, and each video can be read", "{n} times lists and files disagree or a video cannot be read",
-                 rows, told)
+    fine = "lists and files agree, and each video can be read"
+    return check("files", fine, "lists and files disagree, or videos cannot be read", rows, told)
