@@ -357,7 +357,7 @@ def _audited(root: Path | None, layout: str | None, compression: str | None) -> 
 @app.command()
 def audit(
     root: Annotated[Optional[Path], typer.Argument(
-        help="Folder of the corpus. [default: the corpus of params.yaml]", show_default=False)] = None,
+        metavar="[ROOT]", help="Folder of the corpus. [default: the corpus of params.yaml]", show_default=False)] = None,
     layout: Annotated[Optional[str], typer.Option(
         help="How it lies on disk: ffpp, celeb_df, dfdc, folders ... [default: recognised]", show_default=False)] = None,
     compression: Annotated[Optional[str], typer.Option(

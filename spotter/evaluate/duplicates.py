@@ -87,7 +87,7 @@ def same_pixels(
     apart = apart + .5
     return bool(((apart**4).mean(1) <= EVEN*(apart**2).mean(1)**2).all())
 
-# %% ../../nbs/6_evaluate/75_duplicates.ipynb #d605db8e
+# %% ../../nbs/6_evaluate/75_duplicates.ipynb #cd48cd91
 def duplicates_check(
     clips: pd.DataFrame,   # clip_id, label, split
     thumbs: np.ndarray,    # (N, FRAMES, SIDE, SIDE) of these clips
@@ -102,6 +102,6 @@ def duplicates_check(
     inside = [(i, j, d) for i, j, d in near_pairs(prints, label) if split[i] == split[j]]
     rows += [row("both labels", i, j, d) for i, j, d in inside if same_pixels(thumbs[i], thumbs[j])]
     flat = int((~prints.any((1, 2))).sum())
-    told = [f"{flat} videos begin with frames of one colour only and were not compared"] if flat else []
+    told = [f"videos that begin with frames of one colour only, and were not compared: {flat}"] if flat else []
     fine = f"no two of {len(clips)} videos that should differ show the same"
     return check("duplicates", fine, "pairs of videos that should differ show the same", rows, told)

@@ -6,7 +6,7 @@
 __all__ = ['CATEGORIES', 'NUMBERS', 'GIVEN_AWAY', 'NAMES', 'encoder_settings', 'read_header', 'halves', 'category_scores',
            'category_auc', 'giveaways', 'class_values', 'headers_check']
 
-# %% ../../nbs/6_evaluate/77_headers.ipynb #a8929943
+# %% ../../nbs/6_evaluate/77_headers.ipynb #dac4b694
 import math
 import re
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 from ..data.video import VideoError, probe
 from .audit import BOUNDS, fold_groups, with_intervals
 from .leaks import Check, check
+from .tables import with_interval
 from ..metrics.bootstrap import SHARE, bootstrap_rows, interval
 from ..metrics.classification import auc
 
@@ -151,7 +152,7 @@ def _distinct(values: pd.Series) -> pd.Series:
     shared = set.intersection(*map(set, words.values())) if max(map(len, words)) > 60 else set()
     return values.map({text: " ".join(w for w in its if w not in shared) if shared else text for text, its in words.items()})
 
-# %% ../../nbs/6_evaluate/77_headers.ipynb #b9044fe9
+# %% ../../nbs/6_evaluate/77_headers.ipynb #b2a3aa57
 def headers_check(
     clips: pd.DataFrame,   # as for `giveaways`
     found: pd.DataFrame,   # of `giveaways`
@@ -161,11 +162,10 @@ def headers_check(
     for r in found[found.given_away].to_dict("records"):
         values = class_values(clips[clips.split == r["split"]], r["feature"])
         rows.append(dict(kind=r["feature"], split=r["split"], value=r["value"], lo=r["lo"], hi=r["hi"], values=values,
-                         what=f"{NAMES[r['feature']]} in {r['split']}: AUC {r['value']:.2f} [{r['lo']:.2f}, {r['hi']:.2f}]; {values}"))
-    alike = found[found.given_away | (found["values"] > 1)]
-    short = found[found.lo.isna() & (found["values"] > 1)].split.unique()
-    told = [f"{split}: too few people, or a class in one of them only, for an interval" for split in short]
-    fine = f"no property of the files tells the label (AUC of {GIVEN_AWAY} at the lower end of its interval)"
-    strongest = alike.value.max() if len(alike) else math.nan
-    if not rows and math.isfinite(strongest): fine += f"; the strongest has {strongest:.2f}"
+                         what=f"{NAMES[r['feature']]} in {r['split']}: AUC {with_interval(r)}; {values}"))
+    unsure = found[~found.given_away & (found.value >= GIVEN_AWAY)].to_dict("records")
+    told = [f"{NAMES[r['feature']]} in {r['split']}: AUC {with_interval(r)}, of too few people to be sure" for r in unsure]
+    short = found[found.value.isna()].split.unique()
+    told += [f"{split}: too few people for some of the properties" for split in short]
+    fine = f"no property of the files tells the label for sure, by an AUC whose interval lies above {GIVEN_AWAY}"
     return check("headers", fine, "properties of the files tell the label", rows, told)

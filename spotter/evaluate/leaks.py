@@ -97,7 +97,7 @@ def torn_originals(
                          what=f"{clip_id} is in {split}, its original {original} {told}"))
     return rows
 
-# %% ../../nbs/6_evaluate/71_leaks.ipynb #62124afa
+# %% ../../nbs/6_evaluate/71_leaks.ipynb #01b26ec3
 def shared_originals(clips: pd.DataFrame, named: dict[str, str]) -> list[dict]:   # rows: kind, original, split, what
     "Originals in no split whose fakes are in more than one."
     used = clips[clips.split != ""]
@@ -115,7 +115,7 @@ def originals_check(clips: pd.DataFrame, named: dict[str, str]) -> Check:
     "Whether each fake is in the split of its original."
     rows = torn_originals(clips, named) + shared_originals(clips, named)
     unknown = int(((clips.label == 1) & (clips.split != "") & ~clips.clip_id.isin(list(named))).sum())
-    told = [f"{unknown} fakes name no original: whether it is in another split cannot be said"] if unknown else []
+    told = [f"fakes that name no original: {unknown}; whether it is in another split cannot be said"] if unknown else []
     fine = "each fake that names its original is in the split of it"
     return check("originals", fine, "fakes are away from their originals", rows, told)
 
