@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'SUFFIXES', 'EXIT_CODES', 'main', 'synth', 'find_videos', 'predict', 'export', 'verify', 'benchmark', 'score',
-           'tidy_report']
+           'audit', 'tidy_report']
 
 # %% ../nbs/9_cli/00_cli.ipynb #431b9d3c
 import gc
@@ -333,6 +333,57 @@ def score(
     except (ValueError, OSError) as e:
         typer.echo(f"spotter score: {e}", err=True)
         raise typer.Exit(2)
+
+# %% ../nbs/9_cli/00_cli.ipynb #a0d17c02
+def _audited(root: Path | None, layout: str | None, compression: str | None) -> dict:
+    "Arguments of `audit_corpus`. Without a folder they are those of params.yaml, where no option says otherwise."
+    import warnings
+    from spotter.data.corpora import index_dataset
+    given, dealt, draws = dict(layout="auto", compression=None), {}, {}
+    if root is None:
+        from spotter.core import find_root, load_params
+        project = find_root()
+        params = load_params(project/"params.yaml")
+        root, given = Path(os.path.relpath(project/params.data.root)), params.data.model_dump(include={"layout", "compression"})
+        dealt = dict(splits=params.data.splits, seed=params.data.split_seed)
+        draws = dict(resamples=params.evaluate.resamples, seed=params.seed)
+    _fetch_missing(root)
+    given |= {k: v for k, v in dict(layout=layout, compression=compression).items() if v}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # the remarks are part of the audit
+        return dict(index=index_dataset(root, **given, **dealt), root=root) | given | draws
+
+# %% ../nbs/9_cli/00_cli.ipynb #a0d17c03
+@app.command()
+def audit(
+    root: Annotated[Optional[Path], typer.Argument(
+        metavar="[ROOT]", help="Folder of the corpus. [default: the corpus of params.yaml]", show_default=False)] = None,
+    layout: Annotated[Optional[str], typer.Option(
+        help="How it lies on disk: ffpp, celeb_df, dfdc, folders ... [default: recognised]", show_default=False)] = None,
+    compression: Annotated[Optional[str], typer.Option(
+        help="raw, c23 or c40, in corpora that have levels. [default: all that are there]", show_default=False)] = None,
+    json_out: Annotated[Optional[Path], typer.Option("--json", help="Write everything that was found.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 when something was found.")] = False,
+):
+    """Look for leaks and giveaways in a corpus: people, originals and copies of a video in more than one split, missing splits and
+    classes, files whose codec, size, bit rate or other property tells the label, lists that disagree with the disk, unreadable videos.
+    Headers and the first seconds of the videos in a split are read; neither faces nor masks are needed.
+    Without ROOT, layout and compression are those of params.yaml.
+    Exit code 0, with --strict 1 when something was found, 2 for wrong usage or a corpus that cannot be read."""
+    from spotter.evaluate.corpus_audit import audit_corpus, audit_record, audit_text
+    from spotter.evaluate.tables import write_json
+    try:
+        if json_out: _make_room([json_out], [])
+        found = audit_corpus(**_audited(root, layout, compression))
+        if json_out: write_json(json_out, audit_record(found))
+    except (ValueError, OSError) as e:
+        typer.echo(f"spotter audit: {e}", err=True)
+        raise typer.Exit(2)
+    except KeyboardInterrupt:
+        typer.echo("spotter audit: stopped", err=True)
+        raise typer.Exit(130)
+    typer.echo(audit_text(found))
+    if strict and found.findings: raise typer.Exit(1)
 
 # %% ../nbs/9_cli/00_cli.ipynb #7489f4ab
 @app.command()
