@@ -20,7 +20,7 @@ from .pooled import PixelPool, listed
 from .references import Priors, reference_maps, training_priors
 from ..explain.clips import loaded_clips
 from ..explain.gradcam import Evidence, MultiScaleGradCAM
-from ..explain.shown import clip_probability, shown_map
+from ..explain.shown import clip_probability, explain_shown, shown_map
 from ..metrics.localisation import HALF, SCORES
 from ..model.network import TemporalCNN_GRU
 from ..runtime import progress
@@ -63,11 +63,12 @@ def split_maps(
     seed: int = 0,         # of the noise and of the random weights
 ) -> Iterator[tuple[dict, dict[str, np.ndarray], np.ndarray]]:  # for each clip: its columns, {source: (T, h, w)}, masks (T, H, W) bool
     "Maps of every source, clip by clip; each clip is read once."
-    control, loaded = randomised(model, seed), loaded_clips(store, clips, frames, model.image_size)
-    with MultiScaleGradCAM(model, precision=precision) as own, MultiScaleGradCAM(control, precision=precision) as random:
+    control, loaded, device = randomised(model, seed), loaded_clips(store, clips, frames, model.image_size), next(model.parameters()).device
+    with MultiScaleGradCAM(model, precision=precision) as explainer:
         for i, (row, video, masks) in enumerate(progress(loaded, total=len(clips), desc="heatmaps", leave=False)):
-            maps, p_fake = network_maps(own, video)
-            maps["random weights"] = network_maps(random, video)[0]["shown"]
+            maps, p_fake = network_maps(explainer, video)
+            random = shown_map(control, explain_shown(control, video.to(device), precision))
+            maps["random weights"] = random[0].cpu().numpy()
             maps |= reference_maps(row, priors, p_fake, len(masks), [seed, i])
             yield {name: row[name] for name in CLIP_COLUMNS} | dict(p_fake=p_fake), maps, masks
 

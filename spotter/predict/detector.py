@@ -22,8 +22,8 @@ from ..core import FaceParams, find_root
 from ..data.faces import Detect, NoFaceError, make_detector
 from ..data.loader import to_input
 from ..data.video import DamageWarning, VideoError, count_decodable, iter_frames, video_length
-from ..explain.gradcam import MultiScaleGradCAM, frame_scores
-from ..explain.shown import clip_probability, shown_map
+from ..explain.gradcam import frame_scores
+from ..explain.shown import clip_probability, explain_shown, shown_map
 from ..model import legacy
 from ..model.checkpoint import CheckpointInfo, inspect_checkpoint, load_model
 from .diagnostic import write_diagnostic
@@ -169,7 +169,7 @@ def find_faces(self: Detector,
 def _look(self: Detector, batch: torch.Tensor, heatmaps: bool) -> tuple:
     "Logits, frame scores and heatmaps of a batch of clips."
     if heatmaps:
-        with MultiScaleGradCAM(self.model, precision=self.precision) as explainer: found = explainer.explain(batch)
+        found = explain_shown(self.model, batch, self.precision)
         return found.logits.cpu(), found.frame_scores.cpu().numpy(), shown_map(self.model, found).cpu().numpy()
     with torch.inference_mode(), autocast(self.precision, batch.device): logits, temporal = self.model(batch, return_temporal=True)
     return logits.float().cpu(), frame_scores(self.model, temporal.float()).cpu().numpy(), [None]*len(batch)
