@@ -62,7 +62,9 @@ def model_settings(
 ) -> pd.DataFrame:  # a column for each model
     "Settings of models, and the values of the recipe that one of them replaces."
     replaced = dict.fromkeys(name for m in models for name in params.models[m].train.model_dump(exclude_none=True))
-    def column(m): return params.models[m].model_dump(exclude={"train"}) | {f"train.{n}": getattr(params.recipe(m), n) for n in replaced}
+    def column(m):
+        recipe = params.recipe(m)
+        return params.models[m].model_dump(exclude={"train"}) | {f"train.{name}": getattr(recipe, name) for name in replaced}
     return pd.DataFrame({m: column(m) for m in models}, dtype=object)
 
 
