@@ -27,7 +27,7 @@ repro: data  ## train, evaluate and compare all models, and say whether that rep
 verify: environment  ## the verdict of repro alone; exit status 0 only if the committed metrics are reproduced
 	@$(RUN) spotter verify
 
-results: data  ## after repro: several seeds per model, unseen methods, a learning curve, an ablation, computational costs; fifteen more trainings, resumable
+results: data  ## after repro: several seeds per model, unseen methods, originals alone, a learning curve, an ablation, computational costs; sixteen more trainings, resumable
 	$(RUN) dvc repro --quiet prepare results/dvc.yaml:prepare
 	$(RUN) dvc repro --allow-missing results/dvc.yaml  # a training whose tables are here is not done again because its checkpoint is elsewhere
 

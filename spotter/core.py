@@ -85,6 +85,7 @@ class TrainParams(Section):
     unfreeze_epoch: int = Field(ge=0)              # epoch from which the whole backbone trains
     backbone_rate: float = Field(gt=0)             # learning rate of the backbone over that of the head
     focal_gamma: float = Field(ge=0)               # 0 is weighted cross-entropy
+    self_blend: float = Field(ge=0, le=1)          # share of the fakes that are blended from originals; 1: no other is seen before testing
     mask_loss: float = Field(ge=0)                 # weight of the mask's loss; at 0 a model without a pyramid has no mask head
     start_size: float = Field(gt=0, le=1)          # side of the frames in the first epoch, over the model's image_size
     grow_epochs: int = Field(ge=0)                 # epochs until the frames have their full size

@@ -73,8 +73,8 @@ def tiny(settings: dict) -> dict:
     return settings
 
 
-def make_project(folder: Path, settings: dict, runs: dict, write_corpus: Callable[[Path], object]) -> Project:
-    "A project in which `dvc repro` has run on a corpus of a few clips."
+def make_project(folder: Path, settings: dict, runs: dict, write_corpus: Callable[[Path], object], *targets: str) -> Project:
+    "A project in which `dvc repro` has run on a corpus of a few clips, to the targets or to the end."
     for name in ("dvc.yaml", "settings.ini", ".dvcignore"): shutil.copy(ROOT/name, folder)
     for name in ("nbs/stages", "spotter", "results"):
         shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "dvc.lock"))
@@ -84,7 +84,7 @@ def make_project(folder: Path, settings: dict, runs: dict, write_corpus: Callabl
     project.write(tiny(settings))
     (folder/"results"/"params.yaml").write_text(yaml.safe_dump(runs, sort_keys=False))
     project.run("dvc", "init", "--no-scm", "--quiet")
-    project.run("dvc", "repro")
+    project.run("dvc", "repro", *targets)
     return project
 
 
@@ -98,11 +98,12 @@ NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"))
 
 
 def some_runs(models: tuple[str, ...]) -> dict:
-    "A second seed of every model, and a model without a method and on half of the pairs."
-    studied, rest = models[1], dict(pairs=0, without="")
+    "A second seed of every model, and a model without a method, on half of the pairs and from originals alone."
+    studied, rest = models[1], dict(pairs=0, without="", self_blend=0)
     runs = {f"{key}-seed1": dict(model=key, seed=1, **rest) for key in models}
-    runs["studied-without-FaceSwap"] = dict(model=studied, seed=0, pairs=0, without="FaceSwap")
-    runs["studied-pairs1"] = dict(model=studied, seed=0, pairs=1, without="")
+    runs["studied-without-FaceSwap"] = dict(model=studied, seed=0) | rest | dict(without="FaceSwap")
+    runs["studied-pairs1"] = dict(model=studied, seed=0) | rest | dict(pairs=1)
+    runs["studied-originals"] = dict(model=studied, seed=0) | rest | dict(self_blend=1)
     return dict(runs=runs, ablation=dict(model=studied, half="studied-pairs1"))
 
 
@@ -273,6 +274,9 @@ def test_results_of_many_trainings(project):
     both = [auc(name, "FaceSwap") for name in (f"models/{studied}/predictions", f"results/predictions_{studied}-seed1")]
     assert unseen["FaceSwap", "never seen"] == pytest.approx(auc("results/predictions_studied-without-FaceSwap", "FaceSwap"), abs=1e-6)
     assert unseen["FaceSwap", "seen"] == pytest.approx(sum(both)/2, abs=1e-6)
+    alone = pd.read_csv(project/"metrics"/"results_originals.csv").set_index(["method", "training"]).value
+    assert alone["all", "originals alone"] == pytest.approx(auc("results/predictions_studied-originals"), abs=1e-6)
+    assert alone["FaceSwap", "supervised"] == pytest.approx(sum(both)/2, abs=1e-6)
     curve = pd.read_csv(project/"metrics"/"results_curve.csv").query("figure == 'auc'").set_index("pairs").value
     assert curve.index.tolist() == [1, PAIRS["train"]] and curve[1] == pytest.approx(auc("results/predictions_studied-pairs1"), abs=1e-6)
     assert (pd.read_csv(project/"metrics"/"results_cost.csv", index_col=0).loc[list(project.models)] > 0).all(axis=None)

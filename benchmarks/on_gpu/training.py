@@ -50,8 +50,9 @@ def planned_runs(
 
 
 def study_runs(root) -> dict[str, dict]:
-    "The trainings of `make results`."
-    return yaml.safe_load((root/"results"/"params.yaml").read_text())["runs"]
+    "The trainings of `make results`, but for those on self-blended fakes: the processor makes them, and here the crops are on the device."
+    runs = yaml.safe_load((root/"results"/"params.yaml").read_text())["runs"]
+    return {name: {k: v for k, v in run.items() if k != "self_blend"} for name, run in runs.items() if not run["self_blend"]}
 
 
 def run_params(
@@ -61,6 +62,7 @@ def run_params(
     steps: int,      # of the training, all in all
 ) -> Params:
     "Settings of a run: those of params.yaml, but for seed, batch, length, processes that load clips, and start, see `packed_start`."
+    if params.recipe(run.model).self_blend: raise ValueError("train.self_blend is not 0: the processor makes these fakes")
     spec = params.models[run.model]
     own = spec.train.model_copy(update=dict(init="random"))
     spec = spec.model_copy(update=dict(batch_size=clips, accumulation=1, steps_per_epoch=max(1, steps//spec.epochs), train=own))

@@ -24,8 +24,8 @@ from .table import COLUMNS, CorpusError, Layout, contents, some
 
 # %% ../../nbs/1_data/05_corpora.ipynb #d9741904
 LAYOUTS: dict[str, Layout] = {"deeper_forensics": DEEPER_FORENSICS, "df40": DF40, "ffpp": FFPP, "dfd": DFD_LAYOUT, "celeb_df": CELEB_DF,
-                              "dfdc": DFDC, "dfdc_preview": DFDC_PREVIEW, "split_folders": SPLIT_FOLDERS, "folders": FOLDERS,
-                              "manifest": MANIFEST}
+                              "dfdc": DFDC, "dfdc_preview": DFDC_PREVIEW, "manifest": MANIFEST, "split_folders": SPLIT_FOLDERS,
+                              "folders": FOLDERS}
 
 def recognise(root: Path) -> str:
     "Name of the layout of a folder. `CorpusError`, with what is there and what would be wanted, when none fits."
@@ -85,6 +85,7 @@ def index_dataset(
     clips, dealt = with_splits(pd.DataFrame(rows), splits, seed)
     if (twice := clips.clip_id[clips.clip_id.duplicated()]).any(): raise CorpusError(f"{root}: two files of the same name: {some(twice)}")
     clips["original"] = clips.original.where(clips.original.isin(clips.clip_id), "")
+    if not clips.label.any(): dealt.append("no fakes: a network can be trained on it with train.self_blend: 1 alone, and judged elsewhere")
     if torn := torn_people(clips): dealt.append(f"{len(torn)} people are in more than one split: {some(torn)}")
     for note in (notes := notes + dealt): warnings.warn(f"{root}: {note}", stacklevel=2)
     clips = clips[COLUMNS].sort_values("clip_id", ignore_index=True)

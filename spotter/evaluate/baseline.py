@@ -51,6 +51,9 @@ def handmade_predictions(
 ) -> tuple[pd.DataFrame, dict[str, float]]:  # prediction table of the test split; threshold, temperature, bias and prevalence
     "Verdicts of the regression. `ValueError` when training or validation lacks a class."
     clips = store.clips
+    if clips.label[clips.split == "train"].nunique() < 2:
+        raise ValueError(f"{store.folder}: no fakes or no real clips for training, and the baseline needs both; "
+                         "what originals alone can make is a detector: `dvc repro ship`, with train.self_blend: 1")
     rows = [crop_features(store.read(c, sample_positions(n, min(frames, n)))[0]) for c, n in zip(clips.clip_id, clips.n_frames)]
     x, y = pd.DataFrame(rows).to_numpy(), clips.label.to_numpy()
     train, val, test = ((clips.split == split).to_numpy() for split in ("train", "val", "test"))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHOWN', 'PROMISES', 'seed_metrics', 'seed_differences', 'widened', 'guessing', 'seeds_table', 'split_by_group',
            'group_aucs', 'named_as_c23', 'compression_losses', 'groups_table', 'map_metrics', 'map_differences',
-           'heatmaps_table', 'only_method', 'unseen_methods', 'unseen_table', 'learning_curve', 'learning_curves',
-           'promise_kept', 'map_side', 'cost_table']
+           'heatmaps_table', 'only_method', 'unseen_methods', 'unseen_table', 'from_originals', 'originals_table',
+           'learning_curve', 'learning_curves', 'promise_kept', 'map_side', 'cost_table']
 
 # %% ../../nbs/6_evaluate/88_results.ipynb #3fe0e9d7
 import math
@@ -188,11 +188,15 @@ def unseen_methods(
     for method, name in trainings.without_method().items():
         never = only_method(trainings.predictions(name), method)
         seen = [only_method(trainings.predictions(n), method) for n in trainings.seeds(trainings.studied())]
-        both = seed_metrics({"seen": seen, "never seen": [never]}, recall_and_auc, resamples, seed)
-        repeated = {"never seen": [never]*len(seen), "seen": seen}
-        both |= seed_differences(repeated, [("never seen", "seen")], recall_and_auc, resamples, seed)
-        found[method] = {kind: ds["auc"] for kind, ds in both.items()}
+        found[method] = _auc_of_both({"seen": seen}, {"never seen": never}, resamples, seed)
     return found
+
+def _auc_of_both(many: dict[str, list[pd.DataFrame]], single: dict[str, pd.DataFrame], resamples: int, seed: int) -> dict[str, dict]:
+    "AUC of the seeds of a model, of one other training, and their difference; each by its name."
+    ((usual, tables),), ((other, table),) = many.items(), single.items()
+    both = seed_metrics(many | {other: [table]}, recall_and_auc, resamples, seed)
+    both |= seed_differences({other: [table]*len(tables)} | many, [(other, usual)], recall_and_auc, resamples, seed)
+    return {kind: ds["auc"] for kind, ds in both.items()}
 
 # %% ../../nbs/6_evaluate/88_results.ipynb #62dd17a0
 def unseen_table(
@@ -200,6 +204,30 @@ def unseen_table(
 ) -> pd.DataFrame:            # method, training, value, lo, hi, spread
     "The rows of results_unseen.csv."
     return pd.DataFrame([dict(method=m, training=kind, **d) for m, ds in unseen.items() for kind, d in ds.items()]).drop(columns="seeds")
+
+# %% ../../nbs/6_evaluate/88_results.ipynb #cf443b4a
+def from_originals(
+    trainings: Trainings,
+    model: str,
+    name: str,       # its training on self-blended fakes
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, dict]]:  # "all", then methods -> "supervised", "originals alone", their difference -> value, lo, hi …
+    "AUC on the fakes of each method, of a training on originals alone and of the seeds that saw all methods."
+    alone, supervised, found = trainings.predictions(name), [trainings.predictions(n) for n in trainings.seeds(model)], {}
+    for method in ["all", *sorted(alone.method[alone.label == 1].unique())]:
+        def part(table): return table if method == "all" else only_method(table, method)
+        found[method] = _auc_of_both({"supervised": list(map(part, supervised))}, {"originals alone": part(alone)}, resamples, seed)
+    return found
+
+def originals_table(
+    alone: dict[str, dict],  # model -> of `from_originals`
+) -> pd.DataFrame:           # model, method, training, value, lo, hi, spread
+    "The rows of results_originals.csv."
+    columns = ["model", "method", "training", "value", "lo", "hi", "spread"]
+    rows = [dict(model=model, method=m, training=kind, **d)
+            for model, found in alone.items() for m, ds in found.items() for kind, d in ds.items()]
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/6_evaluate/88_results.ipynb #f25a8204
 def learning_curve(

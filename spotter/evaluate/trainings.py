@@ -31,7 +31,7 @@ class Trainings:
     "All trainings of a project."
     metrics: Path          # the folder metrics/
     models: list[str]      # keys of params.yaml, in their order
-    runs: dict[str, dict]  # name -> model, seed, pairs (0: all) and without (a method or ""), as in results/params.yaml
+    runs: dict[str, dict]  # name -> model, seed, pairs (0: all), without (a method or "") and self_blend, as in results/params.yaml
     seed: int              # of the first training of each model
 
 # %% ../../nbs/6_evaluate/83_trainings.ipynb #450a711e
@@ -40,8 +40,8 @@ def seeds(self: Trainings,
     model: str,  # a key of params.yaml
 ) -> list[str]:  # names of trainings; the first is that of `make repro`
     "The trainings of a model that differ by nothing but their seed."
-    more = [n for n, r in self.runs.items() if r["model"] == model and r["seed"] != self.seed and not r["pairs"] and not r["without"]]
-    return [model, *more]
+    def alike(run): return run["model"] == model and not (run["pairs"] or run["without"] or run["self_blend"])
+    return [model, *(n for n, r in self.runs.items() if alike(r) and r["seed"] != self.seed)]
 
 # %% ../../nbs/6_evaluate/83_trainings.ipynb #6fa74cfe
 @patch
@@ -63,6 +63,11 @@ def without_method(self: Trainings) -> dict[str, str]:  # method -> name of the 
 def on_fewer_pairs(self: Trainings) -> dict[int, str]:  # identity pairs -> name of the training
     "The trainings on a part of the identity pairs, the smallest part first."
     return dict(sorted((r["pairs"], n) for n, r in self.runs.items() if r["pairs"]))
+
+@patch
+def from_originals(self: Trainings) -> dict[str, str]:  # model -> name of the training
+    "The trainings that saw no fake but self-blended ones, one of a model."
+    return {r["model"]: n for n, r in self.runs.items() if r["self_blend"] == 1}
 
 # %% ../../nbs/6_evaluate/83_trainings.ipynb #da455599
 def _path(self: Trainings, table: str, name: str, suffix: str = "") -> Path:

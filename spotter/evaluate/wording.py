@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['with_spread', 'with_verdict', 'over_all', 'text_table', 'percent', 'markdown_table', 'model_settings',
            'model_conclusion', 'difference_summary', 'differences_summary', 'comparison_conclusion', 'aims_table',
-           'aims_summary', 'trainings_note', 'guessing_note', 'compression_table', 'unseen_text', 'curve_table',
-           'promises_table', 'ablation_note', 'results_conclusion', 'ablation_conclusion']
+           'aims_summary', 'trainings_note', 'guessing_note', 'compression_table', 'unseen_text', 'originals_text',
+           'originals_note', 'curve_table', 'promises_table', 'ablation_note', 'results_conclusion',
+           'ablation_conclusion']
 
 # %% ../../nbs/6_evaluate/94_wording.ipynb #9099a14f
 import math
@@ -182,6 +183,28 @@ def unseen_text(
         both = {kind: with_spread(ds[kind], 2) for kind in ("seen", "never seen")}
         return both | {"difference": over_all(ds["never seen - seen"], single=True)}
     return pd.DataFrame({m: cells(ds) for m, ds in unseen.items()}).T
+
+# %% ../../nbs/6_evaluate/94_wording.ipynb #f3969509
+def originals_text(
+    found: dict[str, dict],  # of `from_originals`
+) -> pd.DataFrame:
+    "One row for each method: both AUCs, whether the second is above chance, and their difference, that of a single training."
+    def cells(ds):
+        both = {kind: with_spread(ds[kind], 2) for kind in ("supervised", "originals alone")}
+        above = "yes" if ds["originals alone"]["lo"] > .5 else "no"
+        return both | {"above chance": above, "difference": over_all(ds["originals alone - supervised"], single=True)}
+    return pd.DataFrame({m: cells(ds) for m, ds in found.items()}).T
+
+def originals_note(
+    alone: dict[str, dict],  # model -> of `from_originals`
+) -> str:
+    "On how many methods each training on originals alone is better than chance."
+    if not alone: return "No training on originals alone is among the runs, so there is nothing to compare."
+    def one(model, found):
+        methods = {m: ds["originals alone"]["lo"] > .5 for m, ds in found.items() if m != "all"}
+        missed, counted = ", ".join(m for m, above in methods.items() if not above), f"{sum(methods.values())} of {len(methods)} methods"
+        return f"**{model}** from originals alone is better than chance on {counted}" + f", not on {missed}"*bool(missed)
+    return "; ".join(one(*item) for item in alone.items()) + " (whole interval over identities above an AUC of 0.5, one training)."
 
 # %% ../../nbs/6_evaluate/94_wording.ipynb #91f0e3a8
 def curve_table(

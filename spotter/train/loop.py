@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ..core import Params
+from ..data.self_blend import self_blended
 from ..data.store import ClipStore
 from ..metrics.threshold import choose_threshold, mean_f1
 from ..model.checkpoint import save_model
@@ -118,7 +119,7 @@ def check_splits(clips: pd.DataFrame):
         labels = set(clips.query("split == @split").label)
         if labels != {0, 1}:
             raise ValueError(f"the {split} split has clips of the classes {sorted(labels)}: real (0) and fake (1) are needed; "
-                             "the reasons for missing clips are in faces/excluded.csv")
+                             "the reasons for missing clips are in faces/excluded.csv; real ones alone do with train.self_blend: 1")
 
 # %% ../../nbs/5_train/40_loop.ipynb #63b6128f
 def train(
@@ -131,11 +132,13 @@ def train(
 ) -> pd.DataFrame:  # the history: epoch, train_loss, val_loss, val_mean_f1, val_auc, learning_rate
     "Train a model, or continue. `KeyError` for an unknown model, `ValueError` when a class is missing in training or validation."
     if key not in params.models: raise KeyError(f"no model {key!r} in params.yaml: choose one of {', '.join(params.models)}")
+    spec, recipe = params.models[key], params.recipe(key)
+    store = self_blended(store, recipe.self_blend, params.seed, params.faces.margin)
     check_splits(store.clips)
     session, folder, out = start_session(params, key, store), Path(resume)/key, Path(out)
-    spec, recipe = params.models[key], params.recipe(key)
     notes = dict(key=key, settings=spec.model_dump(exclude_none=True), faces=params.faces.model_dump(), frames=params.clips.eval_frames,
                  seed=params.seed, init=start_record(recipe.init, spec.backbone))
+    if recipe.self_blend: notes["self_blend"] = recipe.self_blend   # and nothing otherwise: such files stay as they were
     now = load_state(folder, fingerprint(params, key, store), session.accelerator)
     note_machine(now, machine(params.train.precision, params.threads))
     from dvclive import Live   # not at the top, because it brings DVC, and an epoch needs neither

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from ..core import Params
 from ..data.loader import ClipDataset
 from ..data.sampling import BalancedSampler, EpochBatches
+from ..data.self_blend import share_draws
 from ..data.store import ClipStore
 from ..model.network import TemporalCNN_GRU
 from ..model.start_weights import load_start
@@ -79,7 +80,9 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     data = ClipDataset(store, clips, params.clips.frames, spec.image_size, recipe.augment, params.seed, growth,
                        partial(frames_at, clips=params.clips, first=spec.epochs - recipe.sequence_epochs))
     steps = spec.steps_per_epoch or max(1, len(clips)//spec.batch_size)
-    batches = EpochBatches(BalancedSampler(clips.label, clips.method, params.seed), steps, spec.batch_size)
+    sampler = BalancedSampler(clips.label, clips.method, params.seed)
+    if recipe.self_blend: share_draws(sampler, clips.method, recipe.self_blend)
+    batches = EpochBatches(sampler, steps, spec.batch_size)
     workers = resolve_workers(recipe.workers, params.threads)
     # a generator of its own: living workers draw from it once, and a resumed training would draw from the global one again
     return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,

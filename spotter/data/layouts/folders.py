@@ -29,7 +29,7 @@ def _found(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and not p.name.startswith(".") and p.is_file())
 
 def _class_rows(place: Path, root: Path, split: str | None) -> list[dict]:
-    "Rows of a folder with the folders real and fake."
+    "Rows of a folder with the folders real and fake, or with real alone."
     reals, fakes = _found(place/"real"), _found(place/"fake")
     rows = [video_row(p, root, 0, "real", p.stem, split) for p in reals]
     of = {Path(r["path"]).stem: r["clip_id"] for r in rows}
@@ -50,7 +50,7 @@ def read_folders(root: Path, compression: str | None) -> tuple[list[dict], list[
              "and with them a leak between the splits"]
     return rows, notes + ([f"{len(lonely)} fakes whose original is not known: {some(lonely)}"] if lonely else [])
 
-FOLDERS = Layout(read_folders, ("real", "fake"), "folders real and fake")
+FOLDERS = Layout(read_folders, ("real",), "folders real and fake")
 SPLIT_FOLDERS = Layout(read_folders, ("train/real", "test/real"), "folders train, val and test with real and fake")
 
 # %% ../../../nbs/1_data/layouts/60_folders.ipynb #bf015f9e
