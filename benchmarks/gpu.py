@@ -121,8 +121,7 @@ def settings(args: argparse.Namespace):
     if not args.tiny: return params
     models = {key: spec.model_copy(update=dict(image_size=64, epochs=min(3, spec.epochs))) for key, spec in params.models.items()}
     def changed(section, **values): return section.model_copy(update=values)
-    return changed(params, models=models, faces=changed(params.faces, size=96), evaluate=changed(params.evaluate, resamples=20),
-                   train=changed(params.train, grow_epochs=1, start_size=1.))   # few sizes: the processor compiles kernels for each
+    return changed(params, models=models, faces=changed(params.faces, size=96), evaluate=changed(params.evaluate, resamples=20))
 
 
 def read_pack(folder: Path) -> dict:

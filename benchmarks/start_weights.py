@@ -17,7 +17,7 @@ from spotter.train.loop import train
 def curve(init: str, key: str, side: int, epochs: int, steps: int, batch_size: int, threads: int) -> pd.DataFrame:
     "Train a model of params.yaml on small frames. A row per epoch: init, steps, train_loss, val_auc."
     params = load_params()
-    recipe = dict(init=init, grow_epochs=0, sequence_epochs=0, restart_epochs=epochs, warmup_steps=steps//2, patience=epochs)
+    recipe = dict(init=init, sequence_epochs=0, restart_epochs=epochs, warmup_steps=steps//2, patience=epochs)
     spec = params.models[key].model_copy(update=dict(image_size=side, epochs=epochs, steps_per_epoch=steps, batch_size=batch_size))
     params = params.model_copy(update=dict(threads=threads, models={key: spec}, train=params.train.model_copy(update=recipe)))
     with tempfile.TemporaryDirectory() as folder:

@@ -17,9 +17,9 @@ from spotter.train.loop import batch_loss
 from spotter.train.setup import depthwise_in_fp32, start_session
 
 
-def endless(loader, start):
+def endless(loader):
     "Batches without end, one epoch after the other."
-    for epoch in count(start):
+    for epoch in count():
         loader.set_epoch(epoch)
         yield from loader
 
@@ -52,7 +52,7 @@ def measure(key: str, pairs: int, block: int = 3):
     nets = {name: create_backbone(spec.backbone).train().to(memory_format=torch.channels_last)
             for name in ("unchanged", "depthwise in fp32")}
     depthwise_in_fp32(nets["depthwise in fp32"])
-    batches, ratios = endless(session.loader, params.recipe(key).grow_epochs), {name: [] for name in nets}
+    batches, ratios = endless(session.loader), {name: [] for name in nets}
     for _ in range(2): training_step(session, batches)
     for net in nets.values(): bare_step(net, x, precision)
     for _ in range(pairs):

@@ -87,8 +87,6 @@ class TrainParams(Section):
     focal_gamma: float = Field(ge=0)               # 0 is weighted cross-entropy
     self_blend: float = Field(ge=0, le=1)          # share of the fakes that are blended from originals; 1: no other is seen before testing
     mask_loss: float = Field(ge=0)                 # weight of the mask's loss; at 0 a model without a pyramid has no mask head
-    start_size: float = Field(gt=0, le=1)          # side of the frames in the first epoch, over the model's image_size
-    grow_epochs: int = Field(ge=0)                 # epochs until the frames have their full size
     weight_decay: float = Field(ge=0)              # of AdamW
     warmup_steps: int = Field(ge=0)                # optimiser steps of linear warm-up
     restart_epochs: int = Field(ge=1)              # T_0 of the cosine schedule with warm restarts

@@ -67,7 +67,7 @@ def tiny(settings: dict) -> dict:
     settings["threads"] = 1   # as many as the other tests leave
     settings["faces"].update(size=96)
     settings["clips"].update(frames=2, eval_frames=2)
-    settings["train"].update(workers=0, warmup_steps=0, grow_epochs=0, sequence_epochs=0)
+    settings["train"].update(workers=0, warmup_steps=0, sequence_epochs=0)
     settings["evaluate"]["resamples"] = 50
     for model in settings["models"].values(): model.update(image_size=64, batch_size=2, epochs=1, steps_per_epoch=2)
     return settings

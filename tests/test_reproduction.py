@@ -235,7 +235,7 @@ def test_loader_processes_and_a_stop_change_no_bit_of_a_training(tmp_path, monke
     params = load_params(ROOT/"params.yaml")
     spec = params.models["b0"].model_copy(update=dict(image_size=64, batch_size=2, epochs=2, steps_per_epoch=2))
     def train(out, workers):
-        recipe = params.train.model_copy(update=dict(workers=workers, warmup_steps=0, grow_epochs=0, sequence_epochs=1))
+        recipe = params.train.model_copy(update=dict(workers=workers, warmup_steps=0, sequence_epochs=1))
         changed = dict(threads=1, models={"toy": spec}, train=recipe, clips=ClipParams(frames=1, last_frames=2, eval_frames=1))
         loop.train(params.model_copy(update=changed), "toy", ToyStore(), out, out/"live", out/"resume")
     train(tmp_path/"whole", 0)

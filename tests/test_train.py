@@ -32,7 +32,7 @@ def settings(**changes):
     "Settings of a tiny B0 without a pyramid; changes of the recipe, or of the model where it has such a setting."
     params = load_params(find_root(Path(__file__).parent)/"params.yaml")
     own = {k: v for k, v in changes.items() if k in ModelParams.model_fields}
-    recipe = dict(workers=0, warmup_steps=1, restart_epochs=2, grow_epochs=0, sequence_epochs=0, precision="fp32")
+    recipe = dict(workers=0, warmup_steps=1, restart_epochs=2, sequence_epochs=0, precision="fp32")
     recipe |= {k: v for k, v in changes.items() if k not in own}
     spec = dict(backbone="efficientnet-b0", image_size=SIDE, use_multiscale=False, use_attention=False, batch_size=4, accumulation=1,
                 learning_rate=1e-3, epochs=2, steps_per_epoch=2)

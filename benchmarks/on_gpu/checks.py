@@ -54,7 +54,6 @@ def step_seconds(
 ) -> tuple[float, int]:
     "Seconds of a training step at full size, augmentation included, and its frames."
     session, loader = begin(single_frames(params), key, store, crops)
-    loader.set_epoch(params.recipe(key).grow_epochs)
     batches, weight = endless(loader), params.recipe(key).mask_loss
     return seconds_each(lambda: train_steps(session, [next(batches)], weight), count, crops.frames.device), loader.images
 
@@ -95,7 +94,6 @@ def repeatability(
     losses, hashes, told = [], [], set()
     for _ in range(2):
         session, loader = begin(single_frames(params), key, store, crops)
-        loader.set_epoch(params.recipe(key).grow_epochs)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             losses.append([train_steps(session, [batch], params.recipe(key).mask_loss) for batch in islice(endless(loader), steps)])

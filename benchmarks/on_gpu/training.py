@@ -137,11 +137,10 @@ class DeviceLoader:
     def batch(self, clips: np.ndarray, rng: np.random.Generator) -> dict:
         "An item of `ClipDataset` for each of the clips, as tensors on the device."
         device = self.crops.frames.device
-        side = self.data.side_at(self.epoch) if self.data.side_at else self.data.image_size
         places = [self.starts[i] + sample_positions(self.counts[i], self.frames, rng.random()) for i in clips]
         places, chosen = torch.from_numpy(np.stack(places)).to(device), torch.from_numpy(clips).to(device)
         draws = draw(self.data.augment, self.crops.frames.shape[1], len(clips), rng)
-        frames, masks = augment(self.crops.frames[places], self.crops.masks[places], draws, side)
+        frames, masks = augment(self.crops.frames[places], self.crops.masks[places], draws, self.data.image_size)
         return dict(clip=normalised(frames), mask=masks, label=self.labels[chosen], index=chosen, mask_known=self.known[chosen])
 
 

@@ -45,13 +45,12 @@ class ClipDataset(Dataset):
         image_size: int,                        # H and W
         augment: AugmentParams | None = None,   # None: the middle frames of the stretches, no augmentation
         seed: int = 0,
-        side_at: Callable[[int], int] | None = None,    # epoch -> side of its augmented frames; `image_size` by default
         frames_at: Callable[[int], int] | None = None,  # epoch -> number of its augmented frames; `frames` by default
     ):
         self.store, self.frames, self.image_size, self.seed, self.epoch = store, frames, image_size, seed, 0
         self.clip_ids, self.counts, self.labels = clips.clip_id.tolist(), clips.n_frames.tolist(), clips.label.astype(int).tolist()
         self.mask_known = (clips.has_mask | (clips.label == 0)).tolist()
-        self.augment, self.side_at, self.frames_at = augment, side_at, frames_at
+        self.augment, self.frames_at = augment, frames_at
 
     def __len__(self) -> int: return len(self.clip_ids)
 
@@ -77,5 +76,5 @@ class ClipDataset(Dataset):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, turn, i]).generate_state(1)[0]))
             count = self.frames_at(epoch) if self.frames_at else self.frames
             frames, masks = self.store.read(self.clip_ids[i], sample_positions(self.counts[i], count, torch.rand(()).item()))
-            video, masks = augment_clip(frames, masks, self.augment, self.side_at(epoch) if self.side_at else self.image_size)
+            video, masks = augment_clip(frames, masks, self.augment, self.image_size)
         return _normalise(video), masks

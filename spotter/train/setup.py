@@ -27,7 +27,7 @@ from ..model.network import TemporalCNN_GRU
 from ..model.start_weights import load_start
 from ..runtime import default_device, resolve_precision, resolve_workers, seed_everything
 from .losses import FocalLoss
-from .schedule import frames_at, make_optimizer, side_at
+from .schedule import frames_at, make_optimizer
 
 # %% ../../nbs/5_train/20_setup.ipynb #cbc348e2
 def depthwise_in_fp32(model: nn.Module):
@@ -76,8 +76,7 @@ def make_model(params: Params, key: str) -> TemporalCNN_GRU:
 def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     "Augmented training clips, as many real as fake."
     spec, recipe, clips = params.models[key], params.recipe(key), store.clips.query("split == 'train'")
-    growth = partial(side_at, final=spec.image_size, start=recipe.start_size, grow_epochs=recipe.grow_epochs)
-    data = ClipDataset(store, clips, params.clips.frames, spec.image_size, recipe.augment, params.seed, growth,
+    data = ClipDataset(store, clips, params.clips.frames, spec.image_size, recipe.augment, params.seed,
                        partial(frames_at, clips=params.clips, first=spec.epochs - recipe.sequence_epochs))
     steps = spec.steps_per_epoch or max(1, len(clips)//spec.batch_size)
     sampler = BalancedSampler(clips.label, clips.method, params.seed)
