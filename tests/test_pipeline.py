@@ -76,7 +76,7 @@ def tiny(settings: dict) -> dict:
 def make_project(folder: Path, settings: dict, runs: dict, write_corpus: Callable[[Path], object], *targets: str) -> Project:
     "A project in which `dvc repro` has run on a corpus of a few clips, to the targets or to the end."
     for name in ("dvc.yaml", "settings.ini", ".dvcignore"): shutil.copy(ROOT/name, folder)
-    for name in ("nbs/stages", "spotter", "results"):
+    for name in ("nbs/stages", "spotter", "results", "weights"):
         shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "dvc.lock"))
     (folder/"reports").mkdir()
     write_corpus(folder/"data")
@@ -193,7 +193,7 @@ def shown_plots(project) -> set[str]:
 def test_a_clone_fetches_network_and_clips(project, tmp_path):
     "Committed as the project is, with its remote inside, and cloned: a verdict needs one command, which leaves git clean."
     source, clone = Project(tmp_path/"source", project.models), Project(tmp_path/"clone", project.models)
-    for name in ("spotter", "nbs", "results"): shutil.copytree(project/name, source/name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("spotter", "nbs", "results", "weights"): shutil.copytree(project/name, source/name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore"): shutil.copy(project/name, source/name)
     for name in (".gitignore", ".dvc/config", ".dvc/.gitignore"):
         (source/name).parent.mkdir(exist_ok=True); shutil.copy(ROOT/name, source/name)
@@ -240,6 +240,13 @@ def test_one_setting_of_a_model_reruns_that_model_alone(project):
     project.write(settings)
     try: assert project.changed("dvc.yaml") == {f"train@{last}", f"evaluate@{last}", "compare"}
     finally: project.write(before)
+
+
+@all_models
+def test_other_weights_to_start_from_train_again(project):
+    file = project/"weights"/"own.safetensors"; file.write_bytes(b"0")
+    try: assert {f"train@{key}" for key in project.models} <= project.changed("dvc.yaml")
+    finally: file.unlink()
 
 
 @all_models

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LITE', 'LiteWeights', 'sha256', 'lite_file', 'lite_state', 'grow_tensor', 'grow', 'open_squeeze_excite',
-           'take_imagenet_input', 'load_lite', 'StartFile', 'start_file', 'start_record', 'load_start',
+           'take_imagenet_input', 'load_lite', 'StartFile', 'start_file', 'check_watched', 'start_record', 'load_start',
            'apply_reference']
 
 # %% ../../nbs/2_model/45_start_weights.ipynb #0316f985
@@ -135,6 +135,15 @@ def start_file(
     path = find_root()/name
     if path.is_file(): return StartFile(kind, name, path)
     raise FileNotFoundError(f"train.init: no file {path}. Choose random, lite, imagenet, imagenet:FILE or the path of a checkpoint")
+
+# %% ../../nbs/2_model/45_start_weights.ipynb #22a5f657
+def check_watched(init: str):
+    "`ValueError` for a file that DVC would not notice a change of: one outside of the project's `weights/`."
+    if init in ("random", "lite", "imagenet"): return
+    path = find_root()/init.removeprefix("imagenet:")
+    if (find_root()/"weights").resolve() not in path.resolve().parents:
+        raise ValueError(f"train.init: {path} is not in weights/, the folder that DVC watches: put it there, and name it in params.yaml")
+
 
 # %% ../../nbs/2_model/45_start_weights.ipynb #f765c00a
 def start_record(
