@@ -58,7 +58,7 @@ def test_another_model_is_in_every_table(four, tmp_path):
     gain = relative_gains(maps, models, 10, 0)
     assert gain["fourth: fused, all fakes"] == gain[f"{MODELS[-1]}: fused, all fakes"]
     kinds = {name.split(": ")[1] for name in maps.source.unique() if ": " in name} - {"semantic alone"}
-    assert kinds <= {"shown", "fused"} and maps.source.nunique() == len(models)*len(kinds) + 2
+    assert kinds <= {"shown", "fused"} and maps.source.nunique() == len(models)*len(kinds) + 3
     differences |= auc_over_baseline(tables, models, BASELINE, 10, 0)
     rows = write_comparison(tmp_path, models, found, differences, dict(baseline=reference_name(models), relative_gain=gain))
     assert {"fourth", "fourth - handmade", *(f"fourth - {m}" for m in MODELS)} <= set(rows.name)

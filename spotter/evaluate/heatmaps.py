@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_COLUMNS', 'freeze_thresholds', 'score_clip', 'write_localisation', 'read_localisation', 'localisation_table',
-           'above_threshold_on_real', 'gains', 'extent', 'score_maps', 'localisation_summary', 'heatmap_metrics',
-           'in_words', 'best_median_worst', 'shown_fakes']
+           'above_threshold_on_real', 'gains', 'differences_of', 'extent', 'score_maps', 'localisation_summary',
+           'heatmap_metrics', 'in_words', 'best_median_worst', 'shown_fakes']
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #9b84805f
 import math
@@ -137,6 +137,19 @@ def gains(
             limits = interval(float(found[k]), samples[:, k], units[x, k], bounds)
             row |= zip((kind, f"{kind}_lo", f"{kind}_hi"), limits.values())
     return pd.DataFrame(rows, index=list(SCORES))
+
+# %% ../../nbs/6_evaluate/30_heatmaps.ipynb #4653a703
+def differences_of(
+    scores: pd.DataFrame,  # rows of `score_clip`
+    a: str,                # a source
+    b: str,                # the one it is compared with
+    resamples: int,
+    seed: int,
+) -> dict[str, dict]:      # score -> value, lo, hi
+    "The differences of `gains`, in the form of metrics.json. `ValueError` for an unknown source."
+    table = gains(scores, a, b, resamples, seed)[["difference", "difference_lo", "difference_hi"]]
+    return {score: dict(zip(("value", "lo", "hi"), map(float, row))) for score, row in zip(table.index, table.to_numpy())}
+
 
 # %% ../../nbs/6_evaluate/30_heatmaps.ipynb #36f59084
 def extent(

@@ -101,11 +101,11 @@ def reference_name(models: list[str]) -> str:
 def compared_maps(
     metrics: str | Path,  # the folder metrics/
     models: list[str],    # from the simplest to the largest
-) -> pd.DataFrame:        # sources: the reference, "MODEL: shown" and "MODEL: fused" for each model, centre
+) -> pd.DataFrame:        # sources: the reference, "MODEL: shown" and "MODEL: fused" for each model, mean mask, centre
     "Scores of the maps that are compared, on the fakes of the test split; no rows where the corpus has no masks."
     parts = [read_sources(metrics, models[0], {"semantic": reference_name(models)})]
     parts += [read_sources(metrics, model, {kind: f"{model}: {kind}" for kind in ("shown", "fused")}) for model in models]
-    return pd.concat([*parts, read_sources(metrics, models[0], {"centre": "centre"})])
+    return pd.concat([*parts, read_sources(metrics, models[0], {name: name for name in ("mean mask", "centre")})])
 
 # %% ../../nbs/6_evaluate/85_map_tables.ipynb #9097dae1
 def relative_gains(
