@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from spotter.evaluate.deletion import (AREAS, ELSEWHERE, FILLS, deletion_metrics, elsewhere, from_neighbours, marked, pieces,
+from spotter.evaluate.deletion import (AREA, ELSEWHERE, FILLS, deletion_metrics, elsewhere, from_neighbours, marked, pieces,
                                        removal_order, trials)
 from spotter.evaluate.evidence import draw_evidence, overlay
 from spotter.evaluate.heatmaps import (above_threshold_on_real, best_median_worst, gains, localisation_summary, localisation_table,
@@ -408,11 +408,10 @@ def test_areas_follow_the_map_and_have_their_size():
     heat = centre_maps(1, 28)[0]
     order = removal_order(heat, (112, 112))
     assert sorted(order.ravel()) == list(range(112**2))
-    for area in AREAS:
-        own = marked(order, area)
-        other = elsewhere(own, np.random.default_rng(1))
-        assert own.sum() == other.sum() == round(area*112**2) and pieces(own) == 1 and own[56, 56]
-        assert abs(pieces(other) - 1) <= 1 and (other != own).any()
+    own = marked(order)
+    other = elsewhere(own, np.random.default_rng(1))
+    assert own.sum() == other.sum() == round(AREA*112**2) and pieces(own) == 1 and own[56, 56]
+    assert abs(pieces(other) - 1) <= 1 and (other != own).any()
     flat = marked(removal_order(np.zeros((7, 7)), (112, 112)), .5)                                    # ties go in random order
     assert flat[:56].mean() == pytest.approx(.5, abs=.05) == flat[:, :56].mean()
 
@@ -442,9 +441,8 @@ def test_deletion_rewards_the_map_that_the_verdict_rests_on():
     for kind, fill in itertools.product(("deletion", "insertion"), (*FILLS, "all fills")):
         right, wrong = (found["advantage"][kind][name][fill] for name in ("shown", "wrong"))
         assert right["significance"] == "higher" and wrong["significance"] == "lower", (kind, fill)
-    deleted = found["curves"]["deletion"]["noise"]["shown"]
-    assert found["whole"]["value"] == 1 and deleted["0.1"]["value"] == deleted["0.3"]["value"] == 0
-    assert set(found["curves"]["insertion"]["mean"]) == {"shown", "wrong", ELSEWHERE}
+    assert found["whole"]["value"] == 1 and found["means"]["deletion"]["noise"]["shown"]["value"] == 0
+    assert set(found["means"]["insertion"]["mean"]) == {"shown", "wrong", ELSEWHERE}
 
 
 def test_figures_draw_what_they_are_given():

@@ -105,22 +105,17 @@ def draw_by_method(
 def draw_deletion(
     metrics: dict,  # of `deletion_metrics`
 ) -> Figure:
-    "Mean scores with intervals; areas elsewhere are dashed and grey."
-    kinds = dict(deletion="without the area", insertion="with the area alone")
-    figure, axes = plt.subplots(len(kinds), len(FILLS), figsize=(9.5, 5), sharex=True, sharey=True, layout="constrained")
-    for line, (kind, title) in zip(axes, kinds.items()):
-        for ax, fill in zip(line, FILLS):
-            for k, (source, found) in enumerate(metrics["curves"][kind][fill].items()): _curve(ax, source, found, k)
-            ax.axhline(metrics["whole"]["value"], color=NEUTRAL, lw=.8, ls=":")
-            ax.set(ylim=(0, 1.02), title=f"{kind}, fill: {fill}")
-        line[0].set_ylabel(f"mean p_fake\n{title}", fontsize="small")
-    figure.supxlabel("share of the crop (dotted: the whole frame; bars: 95 % interval over identities)", fontsize="small")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize="small")
+    "Mean scores with intervals, one row for each fill; the whole frames' mean is dotted, the area elsewhere hollow."
+    kinds = dict(deletion="Without the area: lower is better", insertion="With the area alone: higher is better")
+    figure, axes = plt.subplots(1, len(kinds), figsize=(9.5, 2.9), sharey=True, layout="constrained")
+    for ax, (kind, title) in zip(axes, kinds.items()):
+        sources = list(metrics["means"][kind]["mean"])
+        for k, source in enumerate(sources):
+            style = _REFERENCE if source == ELSEWHERE else dict(color=PALETTE[k], marker="o")
+            rows = {fill: metrics["means"][kind][fill][source] for fill in FILLS}
+            dots(ax, rows, offset=.22*(k - (len(sources) - 1)/2), **style | dict(label=source, hollow=[source == ELSEWHERE]*len(rows)))
+        ax.axvline(metrics["whole"]["value"], color=NEUTRAL, lw=.8, ls=":")
+        label_rows(ax, [f"fill: {fill}" for fill in FILLS]); ax.set(xlim=(-.03, 1.03), title=title)
+    figure.supxlabel("mean p_fake (dotted: the whole frames; bars: 95 % interval over identities)", fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize="small")
     return figure
-
-def _curve(ax, source: str, found: dict[str, dict], place: int):
-    "Scores of one source over the areas."
-    areas = np.array([float(a) for a in found]) + .002*place                    # bars beside each other
-    values, lo, hi = (np.array([np.nan if d[k] is None else d[k] for d in found.values()], float) for k in ("value", "lo", "hi"))
-    style = dict(color=NEUTRAL, ls="--") if source == ELSEWHERE else dict(color=PALETTE[place])
-    ax.errorbar(areas, values, [values - lo, hi - values], lw=1.6, elinewidth=1, label=source, **style)

@@ -63,7 +63,8 @@ def split_maps(
     seed: int = 0,         # of the noise and of the random weights
 ) -> Iterator[tuple[dict, dict[str, np.ndarray], np.ndarray]]:  # for each clip: its columns, {source: (T, h, w)}, masks (T, H, W) bool
     "Maps of every source, clip by clip; each clip is read once."
-    control, loaded, device = randomised(model, seed), loaded_clips(store, clips, frames, model.image_size), next(model.parameters()).device
+    control, loaded = randomised(model, seed), loaded_clips(store, clips, frames, model.image_size)
+    device = next(control.parameters()).device
     with MultiScaleGradCAM(model, precision=precision) as explainer:
         for i, (row, video, masks) in enumerate(progress(loaded, total=len(clips), desc="heatmaps", leave=False)):
             maps, p_fake = network_maps(explainer, video)
