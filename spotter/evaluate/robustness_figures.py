@@ -62,7 +62,8 @@ def draw_curves(
                 _panel(ax, rows, metric, model_style(k), f"{model}: {title}" if len(metrics) > 1 else model, filled=j == 0)
         marks = ["none" if pd.isna(s) else f"{s:g}" for s in rows.sort_values("level").strength]
         if guessing is not None: ax.axhline(guessing, color=NEUTRAL, ls=":", lw=1)
-        ax.set(title=name, xlabel=rows.unit.iloc[0], xticks=range(len(marks)), xticklabels=marks, ylim=(-.02, 1.02)); ax.grid(axis="y", alpha=.3)
+        ax.set(title=name, xlabel=rows.unit.iloc[0], xticks=range(len(marks)), xticklabels=marks, ylim=(-.02, 1.02))
+        ax.grid(axis="y", alpha=.3)
     for ax in axes.flat[len(names):]: ax.axis("off")
     for ax in axes[:, 0]: ax.set_ylabel("" if len(metrics) > 1 else next(iter(metrics.values())))
     if len(metrics) > 1: axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
