@@ -127,7 +127,7 @@ def losses(
     found = {}
     for name, rows in curves.groupby("damage", sort=False):
         lower = [row for _, row in rows.iterrows() if row.level and significance(_change(row, metric)) == "lower"]
-        found[name] = f"{lower[0].unit} {lower[0].strength:g} ({lower[0][f'{metric}_change']:+.2f})" if lower else ""
+        found[name] = f"{lower[0].strength:g} ({lower[0].unit}; {lower[0][f'{metric}_change']:+.2f})" if lower else ""
     return found
 
 # %% ../../nbs/6_evaluate/65_robustness.ipynb #78e2e7e7
@@ -146,5 +146,5 @@ def robustness_words(
     maps = "" if curves.pooled_ap.isna().all() else f" Localisation ({said('pooled_ap')} undamaged) suffers by {told('pooled_ap')}."
     return (f"**{name}**, undamaged: AUC {said('auc')}, recall on fakes {said('fake_recall')} with {said('false_alarms')} false alarms. "
             f"The AUC suffers by {told('auc')}.{maps} "
-            f"The threshold gives most false alarms under {most.damage} at {most.unit} {most.strength:g}: "
+            f"The threshold gives most false alarms under {most.damage} at {most.strength:g} ({most.unit}): "
             f"{most.false_alarms:.0%} of the real clips.")

@@ -11,12 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from ..data.store import ClipStore
 from .damages import DAMAGES
 from .figures import MODEL_LINES, NEUTRAL, model_style, styled
-from .robustness import damaged_clips
+from .robustness import METRICS, damaged_clips
 
 # %% ../../nbs/6_evaluate/66_robustness_figures.ipynb #152702d4
 @styled
@@ -38,17 +37,16 @@ def draw_damages(
     return figure
 
 # %% ../../nbs/6_evaluate/66_robustness_figures.ipynb #919025c8
-def _panel(ax: Axes, rows: pd.DataFrame, metric: str, style: dict, label: str | None, filled: bool = True):
-    "The curve of one model and metric with its band."
+def _panel(ax: Axes, rows: pd.DataFrame, metric: str, style: dict, label: str):
+    "The curve of one model with its band."
     rows, colour = rows.sort_values("level"), style["color"]
     ax.fill_between(rows.level, rows[f"{metric}_lo"], rows[f"{metric}_hi"], color=colour, alpha=.15, lw=0)
-    ax.plot(rows.level, rows[metric], ls=MODEL_LINES[style["marker"]] if filled else ":", label=label, ms=5,
-            mfc=colour if filled else "white", **style)
+    ax.plot(rows.level, rows[metric], ls=MODEL_LINES[style["marker"]], label=label, ms=5, **style)
 
 @styled
 def draw_curves(
     curves: dict[str, pd.DataFrame],   # model -> of `robustness_curves`
-    metrics: dict[str, str],           # one or two metrics -> their titles; the second is drawn dotted and hollow
+    metric: str,                       # of `METRICS`
     guessing: float | None = None,     # value of an answer that ignores the video
 ) -> Figure:
     "Small multiples: one panel for each damage."
@@ -58,14 +56,12 @@ def draw_curves(
     for ax, name in zip(axes.flat, names):
         for k, (model, table) in enumerate(curves.items()):
             rows = table[table.damage == name]
-            for j, (metric, title) in enumerate(metrics.items()):
-                _panel(ax, rows, metric, model_style(k), f"{model}: {title}" if len(metrics) > 1 else model, filled=j == 0)
+            _panel(ax, rows, metric, model_style(k), model)
         marks = ["none" if pd.isna(s) else f"{s:g}" for s in rows.sort_values("level").strength]
         if guessing is not None: ax.axhline(guessing, color=NEUTRAL, ls=":", lw=1)
         ax.set(title=name, xlabel=rows.unit.iloc[0], xticks=range(len(marks)), xticklabels=marks, ylim=(-.02, 1.02))
         ax.grid(axis="y", alpha=.3)
     for ax in axes.flat[len(names):]: ax.axis("off")
-    for ax in axes[:, 0]: ax.set_ylabel("" if len(metrics) > 1 else next(iter(metrics.values())))
-    if len(metrics) > 1: axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1))
+    figure.supylabel(METRICS[metric], fontsize="medium")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
     return figure
