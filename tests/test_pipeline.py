@@ -94,7 +94,7 @@ def one_model(settings: dict) -> dict:
     return settings | dict(models={"small": small}, shipped="small")
 
 
-NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"))
+NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"), robustness=[])
 
 
 def some_runs(models: tuple[str, ...]) -> dict:
@@ -104,7 +104,7 @@ def some_runs(models: tuple[str, ...]) -> dict:
     runs["studied-without-FaceSwap"] = dict(model=studied, seed=0) | rest | dict(without="FaceSwap")
     runs["studied-pairs1"] = dict(model=studied, seed=0) | rest | dict(pairs=1)
     runs["studied-originals"] = dict(model=studied, seed=0) | rest | dict(self_blend=1)
-    return dict(runs=runs, ablation=dict(model=studied, half="studied-pairs1"))
+    return dict(runs=runs, ablation=dict(model=studied, half="studied-pairs1"), robustness=[studied])
 
 
 @pytest.fixture(scope="module", params=["one model", pytest.param("all models", marks=slow)])
@@ -133,7 +133,7 @@ def test_everything_of_a_model_is_in_its_folders(project):
 def test_the_corpus_and_the_comparison_are_reported(project):
     names = [f"metrics/{name}.csv" for name in ("comparison", "localisation", "excluded", "audit", "audit_clips", "baseline/predictions")]
     names += [f"metrics/{name}.json" for name in ("comparison", "audit", "baseline/metrics")]
-    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "baseline", "ship", "compare")]
+    names += [f"reports/html/{name}.html" for name in ("prepare", "audit", "baseline", "ship", "compare", "across")]
     assert not (missing := [name for name in names if not (project/name).is_file()]), missing
     assert json.loads((project/"metrics"/"comparison.json").read_text())["models"] == list(project.models)
 
@@ -238,7 +238,7 @@ def test_one_setting_of_a_model_reruns_that_model_alone(project):
     before, last = project.settings(), project.models[-1]
     settings = project.settings(); settings["models"][last]["learning_rate"] *= 2
     project.write(settings)
-    try: assert project.changed("dvc.yaml") == {f"train@{last}", f"evaluate@{last}", "compare"}
+    try: assert project.changed("dvc.yaml") == {f"train@{last}", f"evaluate@{last}", "across", "compare"}
     finally: project.write(before)
 
 
@@ -256,7 +256,7 @@ def test_a_change_of_figures_intervals_or_commands_retrains_nothing(project):
     for path, text in zip(files, before): path.write_text(f"{text}\n# changed\n")
     changed = project.changed("dvc.yaml")
     for path, text in zip(files, before): path.write_text(text)
-    assert changed == {"audit", "baseline", "compare"} | {f"evaluate@{key}" for key in project.models}
+    assert changed == {"across", "audit", "baseline", "compare"} | {f"evaluate@{key}" for key in project.models}
 
 
 @all_models
@@ -287,6 +287,12 @@ def test_results_of_many_trainings(project):
     curve = pd.read_csv(project/"metrics"/"results_curve.csv").query("figure == 'auc'").set_index("pairs").value
     assert curve.index.tolist() == [1, PAIRS["train"]] and curve[1] == pytest.approx(auc("results/predictions_studied-pairs1"), abs=1e-6)
     assert (pd.read_csv(project/"metrics"/"results_cost.csv", index_col=0).loc[list(project.models)] > 0).all(axis=None)
+    curves = pd.read_csv(project/"metrics"/"robustness"/f"{studied}.csv")
+    assert curves.groupby("damage").level.apply(list).map(tuple).eq((0, 1, 2, 3)).all() and curves.damage.nunique() == 8
+    clean = curves[curves.level == 0]
+    assert clean[["auc", "pooled_ap"]].nunique().tolist() == [1, 1] and (project/"reports"/"robustness.ipynb").is_file()
+    assert clean.auc.iloc[0] == pytest.approx(auc(f"models/{studied}/predictions"), abs=.05)   # the same frames in other batches
+    assert f"metrics/robustness/{studied}.csv" in shown_plots(project)
     holds_no_times_and_no_paths(project)
 
 
@@ -312,7 +318,7 @@ def test_a_fourth_model_in_params_alone_appears_everywhere(project):
     settings, others = project.settings(), project.models
     settings["models"]["fourth"] = settings["models"][others[1]] | dict(use_attention=False)
     project.write(settings)
-    assert project.changed("dvc.yaml") == {"train@fourth", "calibrate@fourth", "evaluate@fourth", "compare"}
+    assert project.changed("dvc.yaml") == {"train@fourth", "calibrate@fourth", "evaluate@fourth", "across", "compare"}
     project.run("dvc", "repro")
     found = json.loads((project/"metrics"/"comparison.json").read_text())
     assert found["models"] == [*others, "fourth"] and f"fourth - {others[0]}" in found["differences"]

@@ -62,12 +62,13 @@ def prepare_corpus(
     out: str | Path,                  # folder of the store; made anew
     root: str | Path | None = None,   # folder of the corpus; by default `params.data.root` below the project
     workers: int | None = None,       # processes; fewer than 2: this one; by default as many as `params.threads` says
+    index: pd.DataFrame | None = None,  # rows of `index_dataset` that are wanted; by default those of `index_corpus`
 ) -> ClipStore:
     """Crop the faces of all clips of a corpus and store them.
     Raises `CorpusError` for a corpus that is not one, and `ValueError` for an unknown detector or when no clip is left."""
     root, out = Path(root or find_root()/params.data.root).resolve(), Path(out)
     make_detector(params.faces.detector, params.faces.min_score)  # an unknown name is refused here, not in the processes
-    rows = index_corpus(params.data, root).to_dict("records")
+    rows = (index_corpus(params.data, root) if index is None else index).to_dict("records")
     job = partial(prepare_clip, root=root, faces=params.faces, factory=DETECTORS[params.faces.detector])
     workers = resolve_threads(params.threads) if workers is None else workers
     _clear(out)
