@@ -193,7 +193,8 @@ def shown_plots(project) -> set[str]:
 def test_a_clone_fetches_network_and_clips(project, tmp_path):
     "Committed as the project is, with its remote inside, and cloned: a verdict needs one command, which leaves git clean."
     source, clone = Project(tmp_path/"source", project.models), Project(tmp_path/"clone", project.models)
-    for name in ("spotter", "nbs", "results", "weights"): shutil.copytree(project/name, source/name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("spotter", "nbs", "results", "weights"):
+        shutil.copytree(project/name, source/name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore"): shutil.copy(project/name, source/name)
     for name in (".gitignore", ".dvc/config", ".dvc/.gitignore"):
         (source/name).parent.mkdir(exist_ok=True); shutil.copy(ROOT/name, source/name)
