@@ -128,8 +128,8 @@ def across_words(
         home, *others = rows.to_dict("records")
         lost = [r["corpus"] for r in others if r["hi"] < home["lo"]]
         said = "; ".join(f"{r['corpus']} {with_interval(r)}" for r in others)
-        few = [r["corpus"] for r in others if pd.isna(r["hi"] - home["lo"])]
-        ends = [f"wholly below it on {listed(lost)}"]*bool(lost) + [f"undefined on {listed(few)}, which has too few people"]*bool(few)
+        few = [r["corpus"] for r in (home, *others) if pd.isna(r["lo"])]
+        ends = [f"wholly below it on {listed(lost)}"]*bool(lost) + [f"undefined for too few people: {', '.join(few)}"]*bool(few)
         return (f"- **{model}**: {ACROSS[metric]} {with_interval(home)} in domain; {said}. "
                 f"The interval is {'; '.join(ends) or 'on none wholly below it'}.")
     return "\n".join(one(*item) for item in table[table.metric == metric].groupby("model", sort=False))
