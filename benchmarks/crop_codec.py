@@ -80,7 +80,8 @@ def measure(images: list[np.ndarray], encode: Callable, decode: Callable) -> dic
     "Mean size, medians of the times, and whether every pixel comes back."
     encoded = [timed(encode, image) for image in images]
     decoded = [timed(decode, data) for data, _ in encoded]
-    return dict(lossless=all(np.array_equal(a, b) for a, (b, _) in zip(images, decoded)), kB=np.mean([len(data) for data, _ in encoded])/1000,
+    same = all(np.array_equal(image, back) for image, (back, _) in zip(images, decoded))
+    return dict(lossless=same, kB=np.mean([len(data) for data, _ in encoded])/1000,
                 encode_ms=np.median([ms for _, ms in encoded]), decode_ms=np.median([ms for _, ms in decoded]), crops=len(images))
 
 
@@ -99,7 +100,7 @@ def main(count: int = typer.Option(300, help="crops"), faces: str = typer.Option
         images = sample(store, count, kind == "mask")
         for name, codec in codecs.items():
             rows.append(dict(image=kind, codec=name) | measure(images, *codec) | dict(machine=machine()["processor"]))
-            print("{image} {codec}: {kB:.2f} kB, encoded in {encode_ms:.2f} ms, decoded in {decode_ms:.2f} ms".format(**rows[-1]), flush=True)
+            print("{image} {codec}: {kB:.2f} kB, encoding {encode_ms:.2f} ms, decoding {decode_ms:.2f} ms".format(**rows[-1]), flush=True)
     pd.DataFrame(rows).to_csv(find_root()/"results"/"crop_codec.csv", index=False, float_format="%.3f", lineterminator="\n")
 
 

@@ -1,4 +1,4 @@
-"""`prepare_corpus` against decoding the same videos and looking for faces in them, with as many processes: `python benchmarks/preparing.py`.
+"""`prepare_corpus` against decoding and detection alone, on the same videos with as many processes: `python benchmarks/preparing.py`.
 
 Both sides run in turn from nothing, the start of the processes included, so the ratio holds while the machine's speed drifts.
 1.0 would mean that mask videos, tracking, cropping, coding and writing cost nothing.

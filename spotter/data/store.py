@@ -47,13 +47,15 @@ def _read_images(
         if images[-1] is None: raise ValueError(f"{file.name}: no image at byte {offset}, the shard is damaged; {REMEDY}")
     return images[0][None] if len(images) == 1 else np.stack(images)   # training reads single frames, which need no copy
 
+# %% ../../nbs/1_data/40_store.ipynb #80e231d3
 class ClipStore:
     """Stored face crops, see `prepare_corpus`.
     `.clips`: one row per clip; `.index`: one row per crop; `.excluded`: clips without crops and the reason."""
     def __init__(
         self,
-        folder: str | Path,  # as written by `prepare_corpus`; `FileNotFoundError` where it or a shard is missing, `ValueError` for a damaged one
+        folder: str | Path,  # as written by `prepare_corpus`
     ):
+        "Open a store. Raises `FileNotFoundError` where it or a shard is missing, `ValueError` for a shard cut off or an older form."
         self.folder = Path(folder)
         if not (self.folder/"clips.parquet").is_file():
             raise FileNotFoundError(f"{self.folder}: no stored clips; make them with `dvc repro prepare`")
