@@ -86,10 +86,10 @@ def measure(images: list[np.ndarray], encode: Callable, decode: Callable) -> dic
 
 
 def sample(store: ClipStore, count: int, masked: bool) -> list[np.ndarray]:
-    "Crops, or masks, evenly over the clips of a store, a random one of each."
-    rng, clips = np.random.default_rng(0), store.clips[store.clips.has_mask] if masked else store.clips
-    chosen = clips.iloc[np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int)]
-    return [store.read(row.clip_id, [int(rng.integers(row.n_frames))])[masked][0] for row in chosen.itertuples()]
+    "Crops, or masks, evenly over all that a store holds."
+    index = store.index[store.index.mask_length > 0] if masked else store.index
+    chosen = index.iloc[np.linspace(0, len(index) - 1, min(count, len(index))).astype(int)]
+    return [store.read(row.clip_id, [row.position])[masked][0] for row in chosen.itertuples()]
 
 
 def main(count: int = typer.Option(300, help="crops"), faces: str = typer.Option("faces", help="folder of prepared crops")):

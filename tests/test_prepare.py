@@ -35,10 +35,15 @@ prepare_corpus(pickle.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2], root=s
 def registered(monkeypatch): monkeypatch.setitem(DETECTORS, "whole-frame", whole_frame)
 
 
-def work(folder) -> dict[str, int]:
-    "Names of the finished and unfinished files of the shards, and when they were written."
+def names(folder) -> set[str]:
+    "Finished and unfinished files of the shards of a store."
     folder = folder.parent/".prepare"/folder.name
-    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} if folder.exists() else {}
+    return set(os.listdir(folder)) if folder.exists() else set()
+
+
+def work(folder) -> dict[str, int]:
+    "These files, and when they were written."
+    return {name: (folder.parent/".prepare"/folder.name/name).stat().st_mtime_ns for name in names(folder)}
 
 
 def test_what_is_finished_is_not_done_again(store, corpus, params, tmp_path):
@@ -102,16 +107,16 @@ def test_ten_kills_change_no_byte(store, corpus, params, tmp_path):
         return subprocess.Popen(command, env=os.environ | dict(PYTHONPATH=paths), start_new_session=True)
     for _ in range(60):
         os.utime(rng.choice(videos))
-        before, run = work(out), start(rng.choice([1, 1, 2]))
-        while not set(work(out)) - set(before) and run.poll() is None: time.sleep(.01)   # until the first shard is begun
+        before, run = names(out), start(rng.choice([1, 1, 2]))
+        while not names(out) - before and run.poll() is None: time.sleep(.01)   # until the first shard is begun
         time.sleep(rng.uniform(0, 1.5))
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             kills += 1
-            kept |= {name for name in work(out) if name.endswith(".json")} & set(before)
+            kept |= {name for name in names(out) & before if name.endswith(".json")}
         assert run.wait() in (0, -signal.SIGKILL)
         if kills == 10: break
     assert kills == 10 and kept, "the runs were to be killed on their way, and to keep what they had"
     assert start(2).wait() == 0
     assert digests(out) == digests(store.folder)
-    assert set(work(out)) == {f"{Path(name).stem}{end}" for name in work(out) for end in (".tar", ".json")}
+    assert names(out) == {f"{Path(name).stem}{end}" for name in names(out) for end in (".tar", ".json")}

@@ -13,6 +13,6 @@ def slow_whole_frame(min_score):
     "The same, at the speed of a detector on a slow machine."
     detect = whole_frame(min_score)
     def slow(frame):
-        time.sleep(.05)
+        time.sleep(.02)
         return detect(frame)
     return slow
