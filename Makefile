@@ -49,6 +49,8 @@ lab: data  ## JupyterLab on the notebooks
 
 bench: data  ## speeds as ratios, measured side by side
 	$(RUN) dvc repro --quiet prepare
+	$(RUN) python benchmarks/preparing.py
+	$(RUN) python benchmarks/loading.py
 	$(RUN) python benchmarks/training_step.py
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/heatmaps.py   # as in a user's notebook
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/inference.py  # as in a user's notebook
@@ -65,4 +67,4 @@ readme: data  ## run the notebooks of README.md and DATASHEET.md on the files as
 	  --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output DATASHEET nbs/datasheet.ipynb
 
 clean:  ## remove what the stages made; data and the caches of DVC stay
-	rm -rf faces checkpoints reports/html .resume
+	rm -rf faces faces_c40 checkpoints reports/html .resume .prepare

@@ -265,12 +265,14 @@ def test_store_round_trip_and_mask_alignment(store, corpus, params):
     with pytest.raises(IndexError): store.read(real.clip_id, [8])
 
 
-def digests(folder): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+def digests(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_store_bytes_do_not_depend_on_the_run(store, corpus, params, tmp_path):
     prepare_corpus(params, tmp_path/"faces", root=corpus, workers=2)
-    assert set(digests(tmp_path/"faces")) == {"clips.parquet", "frames.parquet", "excluded.csv", "train.tar", "val.tar", "test.tar"}
+    shards = {f"shards/{n:05d}.tar" for n in range(store.index.shard.nunique())}
+    assert len(shards) > 2 and set(digests(tmp_path/"faces")) == {"clips.parquet", "frames.parquet", "excluded.csv", *shards}
     assert digests(tmp_path/"faces") == digests(store.folder)
 
 

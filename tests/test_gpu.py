@@ -353,7 +353,7 @@ def test_packed_start_weights_are_those_of_the_package_in_half_precision(tmp_pat
 def test_reference_crops_of_the_bundled_clips(tmp_path):
     corpus.write_references(ROOT/"faces", tmp_path/"references", 2)
     files, (clips, index, excluded) = corpus.tracked_files(ROOT), corpus.read_tables(ROOT/"faces")
-    known = ["/".join(p.stem.split("@")[:-1]) for p in (tmp_path/"references").glob("*.png")]
+    known = ["/".join(p.stem.split("@")[:-1]) for p in (tmp_path/"references").glob("*.webp")]
     few = clips[clips.clip_id.isin(known)].reset_index(drop=True)
     store = corpus.cut_store(files, few, index, excluded, tmp_path/"store", ClipStore(ROOT/"faces").read(known[0], [0])[0].shape[1], 1)
     assert corpus.reference_difference(tmp_path/"references", files, store)["largest"] <= 2

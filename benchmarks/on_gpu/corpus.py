@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from spotter.data.faces import crop_face, encode_png
+from spotter.data.codec import encode_crop
+from spotter.data.faces import crop_face
 from spotter.data.store import ClipStore
 
 REMOTE = Path(".dvcstore/files/md5")                        # of .dvc/config
@@ -148,7 +149,7 @@ def compressed(
 
 def write_references(
     faces: Path,       # folder of prepared crops
-    out: Path,         # folder of PNG files; is made
+    out: Path,         # folder of image files; is made
     count: int = 8,
 ):
     "Some prepared crops, which tell how far another machine's decoder and another OpenCV are from those that prepared."
@@ -156,7 +157,7 @@ def write_references(
     out.mkdir(parents=True)
     for row in store.clips.iloc[np.linspace(0, len(store.clips) - 1, count).astype(int)].drop_duplicates("clip_id").itertuples():
         place = row.n_frames//2
-        (out/f"{row.clip_id.replace('/', '@')}@{place}.png").write_bytes(encode_png(store.read(row.clip_id, [place])[0][0]))
+        (out/f"{row.clip_id.replace('/', '@')}@{place}.webp").write_bytes(encode_crop(store.read(row.clip_id, [place])[0][0]))
 
 
 def reference_difference(
@@ -166,7 +167,7 @@ def reference_difference(
 ) -> dict | None:               # crops, mean and largest difference in grey levels; None without a reference
     "Crops that are cut here against prepared ones."
     paths, found = dict(zip(store.clips.clip_id, store.clips.path)), []
-    for file in sorted(folder.glob("*.png")):
+    for file in sorted(folder.glob("*.webp")):
         *clip, place = file.stem.split("@")
         if (name := "/".join(clip)) not in paths: continue
         before = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB).astype(int)

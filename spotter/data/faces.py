@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Detect', 'DETECTORS', 'BOX_STEP', 'make_detector', 'best_match', 'link_tracks', 'largest_track', 'crop_boxes',
-           'crop_face', 'crop_track', 'NoFaceError', 'FaceClip', 'face_clip', 'encode_png', 'prepare_clip']
+           'crop_face', 'crop_track', 'NoFaceError', 'FaceClip', 'face_clip', 'prepare_clip']
 
 # %% ../../nbs/1_data/30_faces.ipynb #936f038d
 import math
@@ -18,6 +18,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 from ..core import FaceParams
+from .codec import encode_crop, encode_mask
 from .sampling import probe_positions, sample_positions
 from .video import VideoError, count_decodable, iter_frames, probe, read_frames, video_length
 
@@ -198,20 +199,12 @@ def face_clip(
     masks, note = _crop_masks(mask_path, indices, boxes, frames[0].shape[:2], faces.size) if mask_path else (None, "")
     return FaceClip(crops, masks, indices, np.array(times), boxes, n, probe(path).frames, note)
 
-# %% ../../nbs/1_data/30_faces.ipynb #71b53d2b
-def encode_png(
-    image: np.ndarray,  # (H, W, 3) uint8 RGB, or a mask (H, W) of 0 and 1
-) -> bytes:
-    "PNG of a crop, or of a mask as black and white."
-    image = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image * 255
-    return cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP])[1].tobytes()
-
 # %% ../../nbs/1_data/30_faces.ipynb #f1457293
 def _crop_record(clip_id: str, clip: FaceClip, p: int) -> dict:
-    "Crop number `p` of a clip, as PNG with its place in the video."
+    "Crop number `p` of a clip and its mask as stored, with its place in the video."
     place = dict(index=int(clip.indices[p]), time=float(clip.times[p]), **dict(zip(("x0", "y0", "x1", "y1"), map(float, clip.boxes[p]))))
-    mask_png = b"" if clip.masks is None else encode_png(clip.masks[p])
-    return dict(clip_id=clip_id, position=p, **place, png=encode_png(clip.frames[p]), mask_png=mask_png)
+    mask = b"" if clip.masks is None else encode_mask(clip.masks[p])
+    return dict(clip_id=clip_id, position=p, **place, image=encode_crop(clip.frames[p]), mask=mask)
 
 # %% ../../nbs/1_data/30_faces.ipynb #3fb2fd1d
 @lru_cache(maxsize=1)
@@ -226,7 +219,7 @@ def prepare_clip(
     root: Path,         # folder of the corpus
     faces: FaceParams,
     factory: Callable[[float], Detect],  # of `DETECTORS`
-) -> tuple[dict, list[dict]]:  # the row with what was found (`reason`: why it has no crops, or ""); a dictionary per crop, with its PNG
+) -> tuple[dict, list[dict]]:  # the row with what was found (`reason`: why it has no crops, or ""); a dictionary per crop, with its bytes
     "Face crops of one video. Raises nothing for a file that is not a video or shows no face."
     if not row["split"]: return row | {"reason": "in no split"}, []
     try: clip = face_clip(root/row["path"], faces, _detector(factory, faces.min_score), row["mask_path"] and root/row["mask_path"])

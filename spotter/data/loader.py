@@ -73,7 +73,8 @@ class ClipDataset(Dataset):
         "What (seed, epoch, turn, i) draws; the global generator is left as it was."
         from spotter.data.augment import augment_clip   # only training needs it, and its import takes seconds
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, turn, i]).generate_state(1)[0]))
+            # the CPU's generator alone: torch.manual_seed also notes a stack trace for each kind of device that is not in use yet
+            torch.default_generator.manual_seed(int(np.random.SeedSequence([self.seed, epoch, turn, i]).generate_state(1)[0]))
             count = self.frames_at(epoch) if self.frames_at else self.frames
             frames, masks = self.store.read(self.clip_ids[i], sample_positions(self.counts[i], count, torch.rand(()).item()))
             video, masks = augment_clip(frames, masks, self.augment, self.image_size)
