@@ -1,8 +1,8 @@
 """`prepare_corpus` against decoding and detection alone, on the same videos with as many processes: `python benchmarks/preparing.py`.
 
 Both sides run in turn from nothing, the start of the processes included, so the ratio holds while the machine's speed drifts.
-1.0 would mean that mask videos, tracking, cropping, coding and writing cost nothing. A clip gives as many crops whatever its length, so the
-bundled clips, of a second, are measured as they are and at the length of a video of FaceForensics++.
+1.0 would mean that mask videos, tracking, cropping, coding and writing cost nothing. A clip gives as many crops whatever its length,
+so the bundled clips, of a second, are measured as they are and at the length of a video of FaceForensics++.
 """
 import shutil
 import tempfile
@@ -69,8 +69,8 @@ def measure(clips: int, frames: int, rounds: int, folder: Path):
     for _ in range(rounds):
         found.append((seconds(prepared), seconds(looked)))
         print("  prepared in {:.1f} s, decoded and looked at in {:.1f} s".format(*found[-1]), flush=True)
-    print(f"{len(videos)} clips of {video_length(videos[0]).frames} frames, {params.faces.frames} crops of {params.faces.size} pixels each, "
-          f"{workers} processes")
+    print(f"{len(videos)} clips of {video_length(videos[0]).frames} frames, {params.faces.frames} crops of {params.faces.size} pixels "
+          f"each, {workers} processes")
     say("time of preparing / decoding and detection", [ours/bare for ours, bare in found])
 
 
