@@ -20,7 +20,6 @@ from .corpus_report import split_table
 from .duplicates import duplicates_check, thumbnails
 from .headers import giveaways, headers_check, read_header
 from .leaks import Check, balance_check, files_check, named_originals, originals_check, people_check
-from .tables import write_json
 from ..runtime import in_processes, progress, resolve_threads
 
 # %% ../../nbs/6_evaluate/79_corpus_audit.ipynb #88d76bbb

@@ -68,7 +68,6 @@ def model_settings(
         return params.models[m].model_dump(exclude={"train"}) | {f"train.{name}": getattr(recipe, name) for name in replaced}
     return pd.DataFrame({m: column(m) for m in models}, dtype=object)
 
-
 # %% ../../nbs/6_evaluate/94_wording.ipynb #bb9f73b5
 def model_conclusion(
     name: str,

@@ -139,7 +139,6 @@ def observe(
     mask = found["mask"].sigmoid() if "mask" in found else None
     return logits, Evidence({}, logits.detach().float(), scores, found.get("attention"), mask)
 
-
 # %% ../../nbs/3_explain/00_gradcam.ipynb #f822f7a5
 @patch
 def explain(self: MultiScaleGradCAM,

@@ -82,7 +82,6 @@ def explain_shown(
         with watched(model, {}), torch.inference_mode(): return observe(model, clips, precision)[1]
     with MultiScaleGradCAM(model, precision=precision) as explainer: return explainer.explain(clips)
 
-
 # %% ../../nbs/3_explain/20_shown.ipynb #993c404e
 MEANING = {
     "fused": "what spoke for a fake in the network's eyes (Grad-CAM at three scales)",
