@@ -7,7 +7,8 @@ There, in a copy of the checkout (.dvcstore included) with the folder gpu_pack i
     python benchmarks/gpu.py run --out OUT --minutes 8
 
 `run` trains every model with the first seed, then with the next one, and starts nothing that would not end in time. A run's tables are
-in OUT/tables.tar.gz when it ends; those of the heatmaps follow from processes beside it. `check` measures the device. Both need PyTorch,
+in OUT/tables.tar.gz when it ends; those of the heatmaps follow from processes beside it. Steps of 32 clips leave a large card idle
+five sixths of the time: --share starts several programs beside each other. `check` measures the device. Both need PyTorch,
 torchvision, timm, accelerate, safetensors, scikit-learn, pandas, pyarrow, OpenCV with FFmpeg, SciPy, matplotlib, seaborn, PyYAML, tqdm.
 
 Crops and augmentation are on the device. Settings are those of params.yaml, but for the clips of a step and the number of steps; recipe,
@@ -34,6 +35,13 @@ PART = 15 << 20  # bytes of a file that comes back, at most
 GRACE = 60       # seconds after the end of the trainings, in which evaluations may end
 
 
+def share(text: str) -> tuple[int, int]:
+    "K and N of K/N. `ValueError` for anything else, which argparse reports."
+    k, n = map(int, text.split("/"))
+    if not 1 <= k <= n: raise ValueError(text)
+    return k, n
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,8 +64,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--study", action="store_true", help="afterwards also the trainings of results/params.yaml")
     run.add_argument("--keep", default="", help="name of the run whose checkpoint comes back, in bf16 and in parts")
     run.add_argument("--evaluators", type=int, default=4, help="processes that score heatmaps; 0: each run waits for its scores")
+    run.add_argument("--share", type=share, default=(1, 1), metavar="K/N", help="only every N-th run, from the K-th on: for N programs that "
+                     "fill one card together, with --steps, which must be the same in all")
     check.add_argument("--steps", type=int, default=50, help="of the two trainings that are compared")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.command == "run" and args.share[1] > 1 and not args.steps:
+        parser.error("--share needs --steps: programs that measure the time of a step one by one would train unequally long")
+    return args
 
 
 def say(text: str): print(f"[{time.monotonic() - STARTED:5.0f} s] {text}", flush=True)
@@ -260,7 +273,9 @@ def train_all(args: argparse.Namespace, scratch: Path) -> int:
     runs = training.planned_runs(args.models or list(bench.params.models), args.seeds, bench.params.seed, study)
     names = [run.name for run in runs]
     if args.keep and args.keep not in names: raise SystemExit(f"--keep {args.keep}: no such run, only {', '.join(names)}")
-    evaluators = evaluation.Evaluators(args.evaluators, max(1, (os.cpu_count() or 1)//4))
+    first, programs = args.share
+    runs = runs[first - 1::programs]
+    evaluators = evaluation.Evaluators(args.evaluators, max(1, (os.cpu_count() or 1)//(4*programs)))
     sets = judged_sets(bench, {bench.params.models[run.model].image_size for run in runs})
     steps, rows, took = choose_steps(bench, runs, deadline), {}, {}
     with record.Utilisation(args.device) as utilisation:

@@ -339,6 +339,16 @@ def test_what_cannot_work_is_said_at_once(rehearsal, project, tmp_path):
     assert done.returncode and "no model 'b7'" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_programs_side_by_side_share_the_runs(rehearsal, tmp_path):
+    runs = [f"run{k}" for k in range(7)]
+    shares = [gpu.share(f"{k}/3") for k in (1, 2, 3)]
+    assert sorted(run for first, n in shares for run in runs[first - 1::n]) == runs
+    for wrong in ("0/3", "4/3", "3"):
+        with pytest.raises(ValueError): gpu.share(wrong)
+    done = rehearsal("run", "--out", tmp_path/"out", "--device", "cpu", "--share", "1/2")
+    assert done.returncode and "--share needs --steps" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_packed_start_weights_are_those_of_the_package_in_half_precision(tmp_path):
     from spotter.model.start_weights import lite_state
     params = load_params(ROOT/"params.yaml")
