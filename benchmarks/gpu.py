@@ -8,7 +8,7 @@ There, in a copy of the checkout (.dvcstore included) with the folder gpu_pack i
 
 `run` trains every model with the first seed, then with the next one, and starts nothing that would not end in time. A run's tables are
 in OUT/tables.tar.gz when it ends; those of the heatmaps follow from processes beside it. Steps of 32 clips leave a large card idle
-five sixths of the time: --share starts several programs beside each other. `check` measures the device. Both need PyTorch,
+five sixths of the time: with --trainings, several runs are trained beside each other. `check` measures the device. Both need PyTorch,
 torchvision, timm, accelerate, safetensors, scikit-learn, pandas, pyarrow, OpenCV with FFmpeg, SciPy, matplotlib, seaborn, PyYAML, tqdm.
 
 Crops and augmentation are on the device. Settings are those of params.yaml, but for the clips of a step and the number of steps; recipe,
@@ -16,7 +16,9 @@ losses, choice of the epoch, calibration and evaluation are the package's own fu
 """
 import argparse
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import tarfile
@@ -24,7 +26,9 @@ import tempfile
 import time
 import tomllib
 import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 STARTED = time.monotonic()
@@ -33,13 +37,6 @@ WHEELS = ("fastcore", "pydantic", "pydantic-core", "ruamel-yaml", "typing-inspec
 LIMIT = 25e6     # bytes that may travel
 PART = 15 << 20  # bytes of a file that comes back, at most
 GRACE = 60       # seconds after the end of the trainings, in which evaluations may end
-
-
-def share(text: str) -> tuple[int, int]:
-    "K and N of K/N. `ValueError` for anything else, which argparse reports."
-    k, n = map(int, text.split("/"))
-    if not 1 <= k <= n: raise ValueError(text)
-    return k, n
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -64,12 +61,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--study", action="store_true", help="afterwards also the trainings of results/params.yaml")
     run.add_argument("--keep", default="", help="name of the run whose checkpoint comes back, in bf16 and in parts")
     run.add_argument("--evaluators", type=int, default=4, help="processes that score heatmaps; 0: each run waits for its scores")
-    run.add_argument("--share", type=share, default=(1, 1), metavar="K/N", help="only every N-th run, from the K-th on: for N programs that "
-                     "fill one card together, with --steps, which must be the same in all")
+    run.add_argument("--trainings", type=int, default=1, help="processes that train beside each other; more than one need --steps")
     check.add_argument("--steps", type=int, default=50, help="of the two trainings that are compared")
     args = parser.parse_args(arguments)
-    if args.command == "run" and args.share[1] > 1 and not args.steps:
-        parser.error("--share needs --steps: programs that measure the time of a step one by one would train unequally long")
+    if args.command == "run" and args.trainings > 1 and not args.steps:
+        parser.error("--trainings needs --steps: how long a step takes beside others is not measured")
     return args
 
 
@@ -151,13 +147,20 @@ class Bench:
     params: "Params"
     store: "CropStore"
     strong: "CropStore | None"   # strongly compressed test clips, where the corpus has them
-    crops: "DeviceClips"         # of the training split
     about: dict                  # what the figures have to be traced to
+
+    @cached_property
+    def crops(self) -> "DeviceClips":
+        "Those of the training split, on the device of this process."
+        from on_gpu import training
+        return training.DeviceClips(self.store, self.store.clips.query("split == 'train'"), self.args.device)
+
+    def __getstate__(self) -> dict: return {name: value for name, value in self.__dict__.items() if name != "crops"}
 
 
 def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
-    "Read settings and tables, cut the crops, put those of the training split on the device."
-    from on_gpu import corpus, record, training
+    "Read settings and tables, and cut the crops."
+    from on_gpu import corpus, record
     from spotter.runtime import resolve_precision
     params, packed, data = settings(args), read_pack(args.pack), corpus.data_hash(args.root)
     if packed["data"] != data:
@@ -175,8 +178,7 @@ def prepare(args: argparse.Namespace, scratch: Path) -> Bench:
     about["difference_from_prepared_crops"] = corpus.reference_difference(args.pack/"references", files, store)
     say(f"{len(store.index)} crops of {len(store.clips)} clips and {len(strong.index) if strong else 0} strongly compressed ones are cut; "
         f"grey levels from the prepared ones: {about['difference_from_prepared_crops']}")
-    crops = training.DeviceClips(store, store.clips.query("split == 'train'"), args.device)
-    return Bench(args, scratch, params, store, strong, crops, about)
+    return Bench(args, scratch, params, store, strong, about)
 
 
 # ---------------------------------------------------------------- trainings
@@ -211,21 +213,21 @@ def judged_sets(bench: Bench, sizes: set[int]) -> dict[str, tuple["DataFrame", d
     parts = {"val": (store, store.clips.query("split == 'val'")), "predictions.csv": (store, store.clips.query("split == 'test'"))}
     if strong: parts["predictions_c40.csv"] = strong, strong.clips
     def scaled(where, clips):
-        return {s: training.staged(where, clips, bench.params.clips.eval_frames, s, args.device, args.threads) for s in sorted(sizes)}
+        return {s: training.staged(where, clips, bench.params.clips.eval_frames, s, "cpu", args.threads) for s in sorted(sizes)}
     return {name: (clips.reset_index(drop=True), scaled(where, clips)) for name, (where, clips) in parts.items()}
 
 
-def one_run(bench: Bench, run: "Run", steps: int, sets: dict, evaluators: "Evaluators", tables: Path, deadline: float) -> dict:
-    "Train a run, write its tables, and hand it to the evaluators. What the summary says of it."
+def one_run(bench: Bench, run: "Run", steps: int, sets: dict, deadline: float) -> dict:
+    "Train a run, write its tables and its checkpoint. What the summary says of it."
     from on_gpu import evaluation, record, training
-    folder, start = tables/run.name, time.monotonic()
+    folder, start = bench.scratch/"runs"/run.name, time.monotonic()
     folder.mkdir(parents=True)
     params, part = training.run_params(bench.params, run, bench.args.clips, steps), run.part(bench.store)
     size, val = params.models[run.model].image_size, part.clips.query("split == 'val'")
     clips, inputs = sets["val"]
     seen = inputs[size][clips.clip_id.isin(val.clip_id).to_numpy().nonzero()[0].tolist()]
     trained = training.train_run(params, run.model, part, bench.crops, seen, lambda: time.monotonic() > deadline,
-                                 training.packed_start(bench.params, run.model, bench.args.pack))
+                                 training.packed_start(bench.params, run.model, bench.args.pack), run.name)
     def logits(x): return training.logits_of(trained.model, x, params.train.precision)
     tests = {name: (clips, logits(inputs[size])) for name, (clips, inputs) in sets.items() if name != "val"}
     found = evaluation.write_verdicts(trained.model, (logits(seen), val.label.to_numpy()), tests, folder)
@@ -236,10 +238,40 @@ def one_run(bench: Bench, run: "Run", steps: int, sets: dict, evaluators: "Evalu
     init = training.packed_record(bench.params, run.model, bench.args.pack)
     fitted = {name: getattr(trained.model, name) for name in ("temperature", "bias", "prevalence", "threshold")} | dict(metrics=found)
     record.write(folder/"run.json", bench.about | dict(run=row, settings=params.model_dump(), init=init) | fitted)
-    weights = bench.scratch/"weights"/f"{run.name}.safetensors"
-    evaluation.save_weights(trained, weights, params, run, init)
+    evaluation.save_weights(trained, weights := weights_of(bench.scratch, run.name), params, run, init)
     if run.name == bench.args.keep: evaluation.split_checkpoint(weights, bench.args.out, PART)   # again when its heatmaps are scaled
-    evaluators.submit(run.name, weights, folder, part, params, bench.args.device)
+    return row
+
+
+def weights_of(scratch: Path, name: str) -> Path: return scratch/"weights"/f"{name}.safetensors"
+
+
+def get_ready(device: str):
+    "Import what a training needs, while the crops are cut."
+    import torch
+    from on_gpu import evaluation, training   # noqa: F401
+    torch.zeros(1, device=device)
+
+
+_own: dict = {}   # of a process that trains: what `train_all` left for it, and how long a run of each model took
+
+
+def train_one(scratch: Path, run: "Run", steps: int, deadline: float) -> dict:
+    "The job of a process that trains: what the summary says of the run."
+    start = time.monotonic()
+    if not _own:
+        import torch
+        bench = pickle.loads((scratch/"bench.pickle").read_bytes())
+        sets = torch.load(scratch/"staged.pt", weights_only=False, mmap=True)
+        on_device = {name: (clips, {size: x.to(bench.args.device) for size, x in inputs.items()}) for name, (clips, inputs) in sets.items()}
+        _own.update(bench=bench, sets=on_device, took={})
+    row, took = dict(started=start), _own["took"]
+    if start >= deadline or start + took.get(run.model, 0) > deadline + GRACE/3:
+        return row | dict(status="not started: the time is over")
+    try: row |= one_run(_own["bench"], run, steps, _own["sets"], deadline)
+    except Exception as e:   # of one run: the others are trained, and the exit status says that one failed
+        traceback.print_exc(); row["status"] = f"failed: {type(e).__name__}: {e}"
+    took[run.model] = max(took.get(run.model, 0), time.monotonic() - start)
     return row
 
 
@@ -266,36 +298,36 @@ def summarise(rows: dict[str, dict], tables: Path, done: dict[str, dict], lost: 
 
 def train_all(args: argparse.Namespace, scratch: Path) -> int:
     "The command `run`; its exit status."
-    import pandas as pd
+    import pandas as pd, torch
     from on_gpu import evaluation, record, training
+    trainers = ProcessPoolExecutor(args.trainings, multiprocessing.get_context("spawn"))   # forks cannot use CUDA
+    for _ in range(args.trainings): trainers.submit(get_ready, args.device)
     bench, deadline, tables = prepare(args, scratch), STARTED + 60*args.minutes, scratch/"runs"
     study = training.study_runs(args.root) if args.study else {}
     runs = training.planned_runs(args.models or list(bench.params.models), args.seeds, bench.params.seed, study)
-    names = [run.name for run in runs]
-    if args.keep and args.keep not in names: raise SystemExit(f"--keep {args.keep}: no such run, only {', '.join(names)}")
-    first, programs = args.share
-    runs = runs[first - 1::programs]
-    evaluators = evaluation.Evaluators(args.evaluators, max(1, (os.cpu_count() or 1)//(4*programs)))
-    sets = judged_sets(bench, {bench.params.models[run.model].image_size for run in runs})
-    steps, rows, took = choose_steps(bench, runs, deadline), {}, {}
-    with record.Utilisation(args.device) as utilisation:
-        for run in runs:
-            start = time.monotonic()
-            row = rows[run.name] = dict(model=run.model, seed=run.seed, pairs=run.pairs, without=run.without)
-            if start >= deadline or start + took.get(run.model, 0) > deadline + GRACE/3:
-                row["status"] = "not started: the time is over"
-            else:
-                say(f"{run.name}: {steps} steps")
-                try: row |= one_run(bench, run, steps, sets, evaluators, tables, deadline)
-                except Exception as e:   # of one run: the others are trained, and the exit status says that one failed
-                    traceback.print_exc(); row["status"] = f"failed: {type(e).__name__}: {e}"
-                row["gpu_percent"] = utilisation.since(start)
-                took[run.model] = max(took.get(run.model, 0), time.monotonic() - start)
+    if args.keep and args.keep not in {run.name for run in runs}:
+        raise SystemExit(f"--keep {args.keep}: no such run, only {', '.join(run.name for run in runs)}")
+    evaluators = evaluation.Evaluators(args.evaluators, 1 if args.trainings > 1 else max(1, (os.cpu_count() or 1)//4))
+    torch.save(judged_sets(bench, {bench.params.models[run.model].image_size for run in runs}), scratch/"staged.pt")
+    (scratch/"bench.pickle").write_bytes(pickle.dumps(bench))
+    steps = choose_steps(bench, runs, deadline)
+    rows = {run.name: dict(model=run.model, seed=run.seed, pairs=run.pairs, without=run.without) for run in runs}
+    say(f"{len(runs)} runs of {steps} steps, {args.trainings} at a time")
+    with record.Utilisation(args.device) as utilisation, trainers:
+        jobs = {trainers.submit(train_one, scratch, run, steps, deadline): run for run in runs}
+        for job in as_completed(jobs):
+            run = jobs[job]
+            try: row = job.result()
+            except Exception as e: row = dict(started=time.monotonic(), status=f"failed: {type(e).__name__}: {e}")   # its process ended
+            rows[run.name] |= row | dict(gpu_percent=utilisation.since(row["started"]))
+            if rows[run.name].pop("started") and row["status"] in ("done", "cut short"):
+                params = training.run_params(bench.params, run, args.clips, steps)
+                evaluators.submit(run.name, weights_of(scratch, run.name), tables/run.name, run.part(bench.store), params, args.device)
                 write_tables(tables, args.out)
-            say(f"{run.name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            say(f"{run.name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[run.name].items()))
         done, lost = evaluators.finished(max(0, deadline + GRACE - time.monotonic()))
     summarise(rows, tables, done, lost)
-    if args.keep in done: evaluation.split_checkpoint(scratch/"weights"/f"{args.keep}.safetensors", args.out, PART)
+    if args.keep in done: evaluation.split_checkpoint(weights_of(scratch, args.keep), args.out, PART)
     if tables.is_dir(): write_tables(tables, args.out)
     pd.DataFrame.from_dict(rows, orient="index").rename_axis("name").to_csv(args.out/"summary.csv")
     record.write(args.out/"run.json", bench.about | dict(steps=steps, seconds=round(time.monotonic() - STARTED, 1), runs=rows))

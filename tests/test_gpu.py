@@ -284,7 +284,7 @@ def rehearsal(project, tmp_path_factory):
 def results(rehearsal, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out")
     done = rehearsal("run", "--out", out, "--device", "cpu", "--tiny", "--models", "b0_plain", "b0", "--seeds", "0", "--steps", "3",
-                     "--clips", "4", "--threads", "1", "--minutes", "60", "--evaluators", "0", "--keep", "b0")
+                     "--clips", "4", "--threads", "1", "--minutes", "60", "--evaluators", "0", "--trainings", "2", "--keep", "b0")
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     with tarfile.open(out/"tables.tar.gz") as tar: tar.extractall(out/"extracted", filter="data")
     return out
@@ -335,18 +335,10 @@ def test_what_cannot_work_is_said_at_once(rehearsal, project, tmp_path):
     if not torch.cuda.is_available():
         done = rehearsal("run", "--out", tmp_path/"out")
         assert done.returncode and "sees no CUDA device" in done.stderr and "--device cpu --tiny" in done.stderr
+    done = rehearsal("run", "--out", tmp_path/"out", "--device", "cpu", "--trainings", "2")
+    assert done.returncode and "--trainings needs --steps" in done.stderr and "Traceback" not in done.stderr
     done = rehearsal("run", "--out", tmp_path/"out", "--device", "cpu", "--models", "b7")
     assert done.returncode and "no model 'b7'" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_programs_side_by_side_share_the_runs(rehearsal, tmp_path):
-    runs = [f"run{k}" for k in range(7)]
-    shares = [gpu.share(f"{k}/3") for k in (1, 2, 3)]
-    assert sorted(run for first, n in shares for run in runs[first - 1::n]) == runs
-    for wrong in ("0/3", "4/3", "3"):
-        with pytest.raises(ValueError): gpu.share(wrong)
-    done = rehearsal("run", "--out", tmp_path/"out", "--device", "cpu", "--share", "1/2")
-    assert done.returncode and "--share needs --steps" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_packed_start_weights_are_those_of_the_package_in_half_precision(tmp_path):

@@ -67,7 +67,8 @@ def run_params(
     own = spec.train.model_copy(update=dict(init="random"))
     spec = spec.model_copy(update=dict(batch_size=clips, accumulation=1, steps_per_epoch=max(1, steps//spec.epochs), train=own))
     recipe = params.train.model_copy(update=dict(workers=0))
-    return params.model_copy(update=dict(seed=run.seed, train=recipe, models=params.models | {run.model: spec}))
+    few = dict(threads=2)   # the processor only starts kernels; on 16 threads, whitening the stem took 70 s beside other trainings
+    return params.model_copy(update=dict(seed=run.seed, train=recipe, models=params.models | {run.model: spec}) | few)
 
 
 def packed_start(
@@ -180,7 +181,10 @@ def begin(
 ) -> tuple[Session, DeviceLoader]:
     "A session of `spotter.train`, and the loader on the device that replaces its own."
     session = start_session(params, key, store)
-    if start: load_lite(session.bare.feature_extractor.net, start)
+    if start:
+        net = session.bare.feature_extractor.net
+        load_lite(net.cpu(), start)   # on the processor, as `spotter.train` does before the network moves
+        net.to(crops.frames.device)
     return session, DeviceLoader(params, key, store, crops)
 
 
@@ -204,6 +208,7 @@ def train_run(
     inputs: torch.Tensor,       # of the store's validation clips, see `staged`
     over: Callable[[], bool] = lambda: False,  # asked after each epoch: whether to stop
     start: dict | None = None,  # of `packed_start`
+    name: str = "",             # printed before each epoch
 ) -> Trained:
     "Train a model and keep the weights of the epoch that `note_epoch` prefers."
     session, loader = begin(params, key, store, crops, start)
@@ -222,7 +227,7 @@ def train_run(
         if note_epoch(now, row, recipe.min_improvement):
             best = {name: t.detach().to("cpu", copy=True) for name, t in session.bare.state_dict().items()}
         now.history[-1] = row | dict(images_per_second=round(seen/seconds, 1))
-        print("  " + "  ".join(f"{name} {value:.4g}" for name, value in now.history[-1].items()), flush=True)
+        print(f"  {name}  " + "  ".join(f"{column} {value:.4g}" for column, value in now.history[-1].items()), flush=True)
     session.bare.load_state_dict(best)
     cut_short = len(now.history) < params.models[key].epochs and now.waited < recipe.patience
     return Trained(session.bare.eval(), pd.DataFrame(now.history), now.best_epoch, steps, images, spent, cut_short)
