@@ -263,8 +263,8 @@ def train_one(scratch: Path, run: "Run", steps: int, deadline: float) -> dict:
         import torch
         bench = pickle.loads((scratch/"bench.pickle").read_bytes())
         sets = torch.load(scratch/"staged.pt", weights_only=False, mmap=True)
-        on_device = {name: (clips, {size: x.to(bench.args.device) for size, x in inputs.items()}) for name, (clips, inputs) in sets.items()}
-        _own.update(bench=bench, sets=on_device, took={})
+        def moved(inputs): return {size: x.to(bench.args.device) for size, x in inputs.items()}
+        _own.update(bench=bench, sets={name: (clips, moved(inputs)) for name, (clips, inputs) in sets.items()}, took={})
     row, took = dict(started=start), _own["took"]
     if start >= deadline or start + took.get(run.model, 0) > deadline + GRACE/3:
         return row | dict(status="not started: the time is over")
