@@ -178,9 +178,10 @@ def _write(settings: dict, records: list[dict], sections: list[str], json_out, c
         except OSError as e:
             lost = True
             typer.echo(f"spotter predict: {path} could not be written: {e}", err=True)
-    several = table.groupby("path").face.transform("size") > 2   # a face that is alone says what its video says
-    shown = table.assign(path=table.path.map(printable), remark=table.remark.map(printable))
-    shown = shown.assign(path=shown.path.where(shown.face == "", "  " + shown.face))[(shown.face == "") | several].drop(columns="face")
+    alone = {r["path"] for r in records if len(r["people"]) < 2}   # a face that is alone says what its video says
+    rows = [not face or path not in alone for path, face in zip(table.path, table.face)]
+    names = [f"  {face}" if face else printable(path) for path, face in zip(table.path, table.face)]
+    shown = table.assign(path=names, remark=table.remark.map(printable)).drop(columns="face")[rows]
     typer.echo(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format).encode(code, "backslashreplace").decode(code))
     return not lost
 
