@@ -101,7 +101,7 @@ def _fetch_missing(path: Path):
     fetch(start)
 
 # %% ../nbs/9_cli/00_cli.ipynb #eb3a442b
-def _detector(checkpoint, device, precision, windows):
+def _detector(checkpoint, device, precision, windows, min_face):
     "The detector; what it has no use for of an old checkpoint is told. `ValueError` for settings that cannot be."
     gc.disable()   # imports make many objects and next to no garbage: collecting it takes a quarter of their time
     try:
@@ -112,7 +112,7 @@ def _detector(checkpoint, device, precision, windows):
     device = device or default_device()
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
-    detector = Detector(checkpoint, device, precision, windows)
+    detector = Detector(checkpoint, device, precision, windows, min_face)
     typer.echo(f"judging with {detector.settings['checkpoint']}", err=True)
     for what in ("missing", "ignored"):
         if not (names := detector.settings[what]): continue
@@ -178,7 +178,10 @@ def _write(settings: dict, records: list[dict], sections: list[str], json_out, c
         except OSError as e:
             lost = True
             typer.echo(f"spotter predict: {path} could not be written: {e}", err=True)
-    shown = table.assign(path=table.path.map(printable), remark=table.remark.map(printable))
+    alone = {r["path"] for r in records if len(r["people"]) < 2}   # a face that is alone says what its video says
+    rows = [not face or path not in alone for path, face in zip(table.path, table.face)]
+    names = [f"  {face}" if face else printable(path) for path, face in zip(table.path, table.face)]
+    shown = table.assign(path=names, remark=table.remark.map(printable)).drop(columns="face")[rows]
     typer.echo(shown.to_string(index=False, na_rep="-", float_format="{:.2f}".format).encode(code, "backslashreplace").decode(code))
     return not lost
 
@@ -195,13 +198,14 @@ def predict(
     diagnostic: Annotated[Optional[Path], typer.Option(help="Folder for annotated videos, with boxes, heat and running score.")] = None,
     windows: Annotated[Optional[int], typer.Option(
         min=1, help="Stretches of a video that are judged; more for long videos. [default: as many as make 24 frames]")] = None,
+    min_face: Annotated[int, typer.Option(min=1, help="Side in pixels of the smallest face that is judged; smaller ones are listed.")] = 64,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda ... [default: a GPU if there is one]")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
 ):
-    """Judge videos. Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage.
+    """Judge videos. A video is fake when one of its faces is. Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage.
     Ctrl-C ends a run with what was found until then."""
     try:
-        videos, detector = find_videos(inputs), _detector(checkpoint, device, precision, windows)
+        videos, detector = find_videos(inputs), _detector(checkpoint, device, precision, windows, min_face)
         shown = [diagnostic/f"{n:03}_{video.stem}.mp4" if diagnostic else None for n, video in enumerate(videos, 1)]
         _make_room([p for p in (json_out, csv_out, report, *shown) if p], [*videos, Path(detector.settings["checkpoint"])])
     except (ValueError, OSError) as e:

@@ -21,6 +21,8 @@ from spotter.data.video import DamageWarning, read_frames
 from spotter.model.checkpoint import save_model
 from spotter.model.network import TemporalCNN_GRU
 from spotter.predict.detector import Detector
+from spotter.predict.outputs import record, summary
+from spotter.predict.page import html_section
 
 CLIP = Path(__file__).parents[1]/"data"/"original_sequences"/"youtube"/"c23"/"videos"/"000.mp4"
 SECONDS = 60   # for any file
@@ -270,6 +272,53 @@ def test_a_bias_moves_every_probability(detector, tmp_path, monkeypatch):
         found = biased.analyze(CLIP, heatmaps)
         for p, q in ((before.p_fake, found.p_fake), (before.people[0].scores, found.people[0].scores)):
             np.testing.assert_allclose(q/(1 - q), 9*p/(1 - p), rtol=2e-3)
+
+
+def pasted(picture, other, side, x):
+    "A picture with another one, scaled to a square, in its lower part."
+    out = picture.copy()
+    out[-side:, x:x + side] = cv2.resize(other, (side, side), interpolation=cv2.INTER_AREA)
+    return out
+
+
+@pytest.fixture(scope="session")
+def other(): return read_frames(CLIP.with_stem("004"))[0]
+
+
+def test_one_fake_face_makes_a_video_fake(detector, frames, other, tmp_path, monkeypatch):
+    "Whichever it is: a large face beside a smaller one, and a threshold between their probabilities."
+    wide = np.pad(frames, ((0, 0), (0, 0), (0, 256), (0, 0)))
+    path = encode(tmp_path/"a.mp4", [pasted(f, g, 256, 336) for f, g in zip(wide, other)])
+    before = detector.analyze(path, heatmaps=False)
+    large, small = before.people
+    assert large.size > 1.2*small.size and large.boxes[0, 0] < small.boxes[0, 0]
+    monkeypatch.setattr(detector.model, "threshold", (large.p_fake + small.p_fake)/2)
+    found = detector.analyze(path)
+    fake = next(p for p in found.people if p.verdict == "fake")
+    assert found.verdict == "fake" and found.p_fake == found.confidence == fake.p_fake > min(p.p_fake for p in found.people)
+    told = json.loads(json.dumps(record(found)))
+    assert told["main"] == "face 1" and [p["verdict"] for p in told["people"]].count("fake") == 1
+    assert summary([told]).verdict.tolist() == ["fake", *(p.verdict for p in found.people)]
+    assert f"Face {1 + found.people.index(fake)}: fake" in html_section(found)
+
+
+def test_the_main_face_is_the_one_with_most_area_and_time(frames, other, detector, tmp_path):
+    "A small face that is there all the time, such as one on a poster, is neither in front of the speaker nor judged."
+    wall = np.full((336, 464, 3), 90, np.uint8)
+    poster = [pasted(wall, g, 96, 352) for g in other]
+    speaker = [np.concatenate([f, p[:, 336:]], 1) for f, p in zip(frames, poster)]
+    found = detector.analyze(encode(tmp_path/"a.mp4", [*poster, *speaker, *speaker]), heatmaps=False)
+    assert len(found.people) == len(found.unjudged) == 1 and found.verdict == found.people[0].verdict
+    assert found.people[0].size > 100 and .4 < found.people[0].coverage < .8
+    assert found.unjudged[0].size < 64 and found.unjudged[0].coverage > .9 and "64 are needed" in found.unjudged[0].reason
+    alone = detector.analyze(encode(tmp_path/"b.mp4", poster), heatmaps=False)
+    assert (alone.verdict, alone.people, len(alone.unjudged)) == ("undetermined", (), 1) and "no face is large enough" in alone.reason
+
+
+def test_coverage_is_a_share_of_the_videos_time(detector, frames, tmp_path):
+    "Ten minutes with the face in every frame, of which six windows of ten seconds are looked at."
+    found = detector.analyze(long(tmp_path/"a.mp4", frames, 12*600), heatmaps=False)
+    assert found.people[0].coverage == pytest.approx(.1, abs=.001)
 
 
 def test_threads_may_share_a_detector(detector):

@@ -8,37 +8,46 @@ __all__ = ['record', 'summary', 'printable']
 # %% ../../nbs/7_predict/30_outputs.ipynb #e4c0f7f8
 import unicodedata
 
-from .detector import Analysis, Person
+from .detector import Analysis, Person, Unjudged
 
 # %% ../../nbs/7_predict/30_outputs.ipynb #4a7cd870
-def _person_record(p: Person) -> dict:
+def _place(p: Person | Unjudged) -> dict:
+    "Coverage and size of a face, and where it is."
+    frames = [dict(frame=int(i), time=round(float(t), 4), box=[round(float(x), 1) for x in b])
+              for i, t, b in zip(p.indices, p.times, p.boxes)]
+    return dict(coverage=round(p.coverage, 4), size=round(p.size, 1), frames=frames)
+
+def _person_record(p: Person | Unjudged) -> dict:
     "What was found about a face, without crops and heatmaps."
-    frames = [dict(frame=int(i), time=round(float(t), 4), score=round(float(s), 6), box=[round(float(x), 1) for x in b])
-              for i, t, s, b in zip(p.indices, p.times, p.scores, p.boxes)]
-    return dict(verdict=p.verdict, p_fake=round(p.p_fake, 6), confidence=round(p.confidence, 6), coverage=round(p.coverage, 4),
-                frames=frames)
+    place = _place(p)
+    if isinstance(p, Unjudged): return dict(verdict="undetermined", reason=p.reason, p_fake=None, confidence=None) | place
+    for frame, score in zip(place["frames"], p.scores): frame["score"] = round(float(score), 6)
+    return dict(verdict=p.verdict, reason=None, p_fake=round(p.p_fake, 6), confidence=round(p.confidence, 6)) | place
 
 def record(
     analysis: Analysis,
 ) -> dict:  # of what JSON knows
     "What was found in a video, without crops and heatmaps."
-    people = list(map(_person_record, analysis.people))
-    first = people[0] if people else dict(p_fake=None, confidence=None, coverage=None)
-    return dict(path=analysis.path, verdict=analysis.verdict, reason=analysis.reason or None, note=analysis.note or None,
-                **{k: first[k] for k in ("p_fake", "confidence", "coverage")}, people=people,
+    faces = *analysis.people, *analysis.unjudged
+    people = [dict(name=f"face {k}") | _person_record(p) for k, p in enumerate(faces, 1)]
+    highest = {k: None if getattr(analysis, k) is None else round(getattr(analysis, k), 6) for k in ("p_fake", "confidence")}
+    return dict(path=analysis.path, verdict=analysis.verdict, reason=analysis.reason or None, note=analysis.note or None, **highest,
+                main=people[0]["name"] if people else None, coverage=people[0]["coverage"] if people else None, people=people,
                 frames=analysis.frames, rate=round(analysis.rate, 4), width=analysis.size[0], height=analysis.size[1],
                 seconds={part: round(s, 3) for part, s in analysis.seconds.items()}, settings=analysis.settings)
 
 # %% ../../nbs/7_predict/30_outputs.ipynb #4fa1aad4
 def summary(
     records: list[dict],   # see `record`
-) -> "pandas.DataFrame":  # one row per video
+) -> "pandas.DataFrame":  # path, face, verdict, p_fake, confidence, coverage, size, remark; a row per video, whose face is "", then its faces
     "The table of a run."
     import pandas as pd   # here, because a run needs it only when all videos have been judged
-    columns = ["path", "verdict", "p_fake", "confidence", "coverage"]
-    rows = [{c: r[c] for c in columns} | dict(faces=len(r["people"]), remark=r["reason"] or r["note"] or "") for r in records]
-    table = pd.DataFrame(rows, columns=[*columns, "faces", "remark"], dtype=object)   # names of files need not be text that Arrow can hold
-    return table.astype(dict.fromkeys(columns[2:], float) | dict(faces=int))
+    columns, rows = ["path", "face", "verdict", "p_fake", "confidence", "coverage", "size", "remark"], []
+    for r in records:
+        rows.append(r | dict(face="", size=None, remark=r["reason"] or r["note"] or ""))
+        rows += [p | dict(path=r["path"], face=p["name"], remark=p["reason"] or "") for p in r["people"]]
+    table = pd.DataFrame([{c: row[c] for c in columns} for row in rows], columns=columns, dtype=object)   # names of files need not be text
+    return table.astype(dict.fromkeys(columns[3:7], float))
 
 # %% ../../nbs/7_predict/30_outputs.ipynb #8bce806c
 def printable(text: str) -> str:
