@@ -198,11 +198,13 @@ def predict(
     diagnostic: Annotated[Optional[Path], typer.Option(help="Folder for annotated videos, with boxes, heat and running score.")] = None,
     windows: Annotated[Optional[int], typer.Option(
         min=1, help="Stretches of a video that are judged; more for long videos. [default: as many as make 24 frames]")] = None,
-    min_face: Annotated[int, typer.Option(min=1, help="Side in pixels of the smallest face that is judged; smaller ones are listed.")] = 64,
+    min_face: Annotated[int, typer.Option(
+        min=1, help="Side in pixels of the smallest face that is judged; smaller ones are listed.")] = 64,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda ... [default: a GPU if there is one]")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
 ):
-    """Judge videos. A video is fake when one of its faces is. Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage.
+    """Judge videos. A video is fake when one of its faces is.
+    Exit code 0 when each got a verdict, 3 when some are undetermined, 2 for wrong usage.
     Ctrl-C ends a run with what was found until then."""
     try:
         videos, detector = find_videos(inputs), _detector(checkpoint, device, precision, windows, min_face)

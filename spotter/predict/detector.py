@@ -139,7 +139,8 @@ class Detector:
         return dict(checkpoint=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest(), format=info.format, backbone=info.backbone,
                     image_size=self.model.image_size, use_multiscale=info.use_multiscale, use_attention=info.use_attention,
                     temperature=self.model.temperature, bias=self.model.bias, prevalence=self.model.prevalence,
-                    threshold=self.model.threshold, shown_map=self.model.shown_map, frames=self.frames, windows=self.windows, min_face=self.min_face,
+                    threshold=self.model.threshold, shown_map=self.model.shown_map, frames=self.frames,
+                    windows=self.windows, min_face=self.min_face,
                     precision=self.precision, device=str(self.device), missing=info.missing, ignored=info.ignored)
 
 # %% ../../nbs/7_predict/20_detector.ipynb #f783645d

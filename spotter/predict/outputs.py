@@ -39,8 +39,8 @@ def record(
 # %% ../../nbs/7_predict/30_outputs.ipynb #4fa1aad4
 def summary(
     records: list[dict],   # see `record`
-) -> "pandas.DataFrame":  # path, face, verdict, p_fake, confidence, coverage, size, remark; a row per video, whose face is "", then its faces
-    "The table of a run."
+) -> "pandas.DataFrame":  # path, face, verdict, p_fake, confidence, coverage, size, remark
+    "The table of a run: a row for each video, whose `face` is empty, and after it one for each of its faces."
     import pandas as pd   # here, because a run needs it only when all videos have been judged
     columns, rows = ["path", "face", "verdict", "p_fake", "confidence", "coverage", "size", "remark"], []
     for r in records:

@@ -75,7 +75,8 @@ SECTION = """<section><h2>{{ r.path }}</h2>
 {{ r.people|length }} face{{ 's' if r.people|length > 1 }}, {{ r.people|selectattr('p_fake', 'number')|list|length }} judged.\
 {% if r.note %} {{ r.note }}.{% endif %}</p>{% endif %}
 {% for p, picture in r.people|zip(pictures) %}<h3 class="{{ p.verdict }}">{{ p.name|capitalize }}: {{ p.verdict }}\
-{% if p.reason %}, {{ p.reason }}; seen{% else %}, p_fake {{ '%.2f' % p.p_fake }}, its side is {{ '%.0f' % p.size }} pixels, judged{% endif %} \
+{% if p.reason %}, {{ p.reason }}; seen\
+{% else %}, p_fake {{ '%.2f' % p.p_fake }}, its side is {{ '%.0f' % p.size }} pixels, judged{% endif %} \
 for {{ '%.0f' % (100*p.coverage) }} % of the time</h3>
 <img src="data:image/png;base64,{{ picture }}" alt="{{ 'frames' if p.reason else 'frames with heatmaps, and the score over time' }}">\
 {% endfor %}</section>"""
