@@ -225,6 +225,7 @@ def test_a_video_gets_the_verdict_of_the_evaluation(project, tmp_path):
     videos = [str(project/"data"/data[c]) for c in table.clip_id]
     project.run("spotter", "predict", *videos, "--checkpoint", f"checkpoints/{key}/best.safetensors", "--csv", str(tmp_path/"out.csv"))
     found = pd.read_csv(tmp_path/"out.csv")
+    found = found[found.face.isna()]   # the rows of the videos, without those of their faces
     assert len(found) == 5 and found.p_fake.tolist() == pytest.approx(table.p_fake.tolist(), abs=.02)
     assert (found.verdict == "fake").tolist() == table.prediction.astype(bool).tolist()
 
