@@ -67,7 +67,7 @@ def run_params(
     own = spec.train.model_copy(update=dict(init="random"))
     spec = spec.model_copy(update=dict(batch_size=clips, accumulation=1, steps_per_epoch=max(1, steps//spec.epochs), train=own))
     recipe = params.train.model_copy(update=dict(workers=0))
-    few = dict(threads=2)   # the processor only starts kernels; on 16 threads, whitening the stem took 70 s beside other trainings
+    few = dict(threads=2)   # the processor only starts kernels, and processes beside each other would fight for its cores
     return params.model_copy(update=dict(seed=run.seed, train=recipe, models=params.models | {run.model: spec}) | few)
 
 

@@ -11,17 +11,13 @@ import unicodedata
 from .detector import Analysis, Person, Unjudged
 
 # %% ../../nbs/7_predict/30_outputs.ipynb #4a7cd870
-def _place(p: Person | Unjudged) -> dict:
-    "Coverage and size of a face, and where it is."
-    frames = [dict(frame=int(i), time=round(float(t), 4), box=[round(float(x), 1) for x in b])
-              for i, t, b in zip(p.indices, p.times, p.boxes)]
-    return dict(coverage=round(p.coverage, 4), size=round(p.size, 1), frames=frames)
-
 def _person_record(p: Person | Unjudged) -> dict:
     "What was found about a face, without crops and heatmaps."
-    place = _place(p)
+    frames = [dict(frame=int(i), time=round(float(t), 4), box=[round(float(x), 1) for x in b])
+              for i, t, b in zip(p.indices, p.times, p.boxes)]
+    place = dict(coverage=round(p.coverage, 4), size=round(p.size, 1), frames=frames)
     if isinstance(p, Unjudged): return dict(verdict="undetermined", reason=p.reason, p_fake=None, confidence=None) | place
-    for frame, score in zip(place["frames"], p.scores): frame["score"] = round(float(score), 6)
+    for frame, score in zip(frames, p.scores): frame["score"] = round(float(score), 6)
     return dict(verdict=p.verdict, reason=None, p_fake=round(p.p_fake, 6), confidence=round(p.confidence, 6)) | place
 
 def record(

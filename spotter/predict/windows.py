@@ -74,9 +74,14 @@ class Sighting:
     crops: np.ndarray     # (N, S, S, 3) uint8 RGB
 
     @property
+    def span(self) -> float:
+        "Frames of the window that show the face, by the probes."
+        return float(2*self.reach.sum()*self.share)
+
+    @property
     def weight(self) -> float:
         "Area of the crops times the frames that show the face."
-        return float(np.square(self.boxes[:, 2] - self.boxes[:, 0]).mean()*2*self.reach.sum()*self.share)
+        return float(np.square(self.boxes[:, 2] - self.boxes[:, 0]).mean()*self.span)
 
 # %% ../../nbs/7_predict/00_windows.ipynb #f1e4f915
 def cut_out(
@@ -118,4 +123,4 @@ def coverage(
     frames: int,                 # of the video
 ) -> float:  # 0 … 1
     "Share of a video's time for which a face was judged."
-    return float(min(1, sum(2*s.reach.sum()*s.share for s in sightings)/frames))
+    return min(1., sum(s.span for s in sightings)/frames)
