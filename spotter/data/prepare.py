@@ -18,6 +18,7 @@ from .table import COLUMNS
 from .faces import DETECTORS, make_detector
 from .shards import Shard, cut_shards, finished, prepare_shard, shard_key, whole_file
 from .store import ClipStore, shard_path
+from .which_face import guides
 from ..runtime import in_processes, progress, resolve_threads
 
 # %% ../../nbs/1_data/50_prepare.ipynb #ccd640d0
@@ -31,8 +32,11 @@ def _clear(out: Path):
 
 def _plan(params: Params, rows: list[dict], root: Path, out: Path) -> list[Shard]:
     "The shards of a store, in order. What else lies in their folder, of other settings or unfinished, is removed."
-    faces, folder = params.faces, out.parent/".prepare"/out.name
-    shards = [Shard(shard_key(group, root, faces), group, root, folder, faces, DETECTORS[faces.detector]) for group in cut_shards(rows)]
+    faces, folder, known = params.faces, out.parent/".prepare"/out.name, guides(rows)
+    def shard(group):
+        own = {row["clip_id"]: known[row["clip_id"]] for row in group if row["clip_id"] in known}
+        return Shard(shard_key(group, root, faces, own), group, root, folder, faces, DETECTORS[faces.detector], own)
+    shards = [shard(group) for group in cut_shards(rows)]
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {path for shard in shards for path in (shard.tar, shard.record)}
     for old in folder.iterdir():

@@ -14,7 +14,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from uuid import uuid4
 
 from ..core import FaceParams
 from .faces import Detect, prepare_clip
+from .which_face import Guide
 from ..runtime import reached_files
 
 # %% ../../nbs/1_data/48_shards.ipynb #c0090211
@@ -56,11 +57,16 @@ def _file_version(path: Path) -> list[int] | None:
     about = path.stat()
     return [about.st_size, about.st_mtime_ns]
 
-def shard_key(rows: list[dict], root: Path, faces: FaceParams) -> str:
+def shard_key(
+    rows: list[dict],
+    root: Path,
+    faces: FaceParams,
+    guides: dict[str, Guide] | None = None,   # of `spotter.data.which_face.guides`
+) -> str:
     "Hash of all that decides the bytes of a shard."
     def clip(row):
-        paths = [row[name] for name in ("path", "mask_path") if row[name]]
-        return [row["clip_id"], bool(row["split"]), paths, [_file_version(root/p) for p in paths]]
+        paths = [row["path"], row["mask_path"], *astuple((guides or {}).get(row["clip_id"], Guide()))]
+        return [row["clip_id"], row["label"], bool(row["split"]), paths, [_file_version(root/p) for p in paths if p]]
     return hashlib.sha256(json.dumps([list(map(clip, rows)), faces.model_dump(), _code()]).encode()).hexdigest()[:32]
 
 # %% ../../nbs/1_data/48_shards.ipynb #37324762
@@ -107,6 +113,7 @@ class Shard:
     folder: Path                         # where the two files below are written
     faces: FaceParams
     factory: Callable[[float], Detect]   # of `spotter.data.faces.DETECTORS`
+    guides: dict[str, Guide] = field(default_factory=dict)   # of those rows that have one
 
     @property
     def tar(self) -> Path: return self.folder/f"{self.key}.tar"
@@ -118,7 +125,7 @@ def _crop_shard(shard: Shard) -> dict:
     clips, crops = [], []
     with whole_file(shard.tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for row in shard.rows:
-            found, images = prepare_clip(row, shard.root, shard.faces, shard.factory)
+            found, images = prepare_clip(row, shard.root, shard.faces, shard.factory, shard.guides.get(row["clip_id"], Guide()))
             clips.append({k: v for k, v in found.items() if k not in row})
             crops += [_store_crop(tar, image) for image in images]
     record = dict(sha256=_sha256(shard.tar), clips=clips, crops=crops)
