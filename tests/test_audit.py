@@ -16,7 +16,7 @@ from spotter.core import find_root, load_params
 from spotter.data.corpora import index_dataset
 from spotter.data.video import probe, read_frames, write_video
 from spotter.evaluate.audit import (BOUNDS, DIFFERENCES, auc, bounds_table, compared_fakes, difference, holds, measure_corpus,
-                                    out_of_fold, shortcuts, single_features, two_codings, with_intervals)
+                                    measure_family, out_of_fold, shortcuts, single_features, two_codings, with_intervals)
 from spotter.evaluate.features import GROUPS, MIN_BACKGROUND, file_features
 from spotter.evaluate.references import pixel_ap
 
@@ -162,6 +162,20 @@ def test_a_fake_that_is_its_original_is_found(trio):
     original, fake, masks, codings, _ = trio
     found = difference(original, np.where(masks[..., None], original, fake), masks, codings)
     assert found["inside"] == 0 and not holds(found)
+
+
+@pytest.mark.parametrize("share", [0, 255])
+def test_a_mask_with_one_side_does_not_stop_the_audit(index, tmp_path, share):
+    "A fake whose mask is black, or covers everything, keeps its features; the others of the family are compared."
+    fake = index[index.mask_path != ""].iloc[0]
+    rows = [index[index.clip_id == fake.original].iloc[0].to_dict(), fake.to_dict(), fake.to_dict()]
+    shape = read_frames(DATA/rows[0]["path"], [0])[0].shape[1:3]
+    write_video(tmp_path/"mask.mp4", np.full((12, *shape), share, np.uint8), lossless=True)
+    rows[1] = rows[1] | dict(clip_id="one-sided", mask_path=str(tmp_path/"mask.mp4"))
+    with pytest.warns(UserWarning, match=f"not compared with its original: the mask covers {share and 100}%"):
+        looked = pd.DataFrame(measure_family(rows, DATA, load_params(ROOT/"params.yaml").faces, 6, 12))
+    assert compared_fakes(looked).clip_id.tolist() == [fake.clip_id]
+    assert looked[[c for c in looked if c.startswith(tuple(f"{group}." for group in GROUPS))]].notna().all(axis=None)
 
 
 def test_differences_by_hand():

@@ -1,17 +1,24 @@
 "Checkpoints of the predecessor, made with `efficientnet_pytorch`, on which it was built: the same logits, however they were saved."
+import argparse
+import collections
 import copy
 import functools
 import os
+import pathlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from efficientnet_pytorch import EfficientNet
 from safetensors.torch import save_file
 from torch import nn
 
 from spotter.model.checkpoint import inspect_checkpoint, load_model, save_model
 from spotter.model.legacy import OLD_FORMAT
+from spotter.model.network import TemporalCNN_GRU
 from spotter.model.pyramid import BACKBONES
 
 torch.set_num_threads(1)   # the tests run side by side
@@ -20,7 +27,20 @@ KINDS = {"b0": ("efficientnet-b0", False, False), "b0 with attention": ("efficie
 WRAPPED = {"raw": lambda state: state,
            "training": lambda state: {"model": state, "epoch": 4, "optimizer": {"step": torch.zeros(1)}},
            "compiled": lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
-           "compiled training": lambda state: {"model": WRAPPED["compiled"](state), "epoch": 4}}
+           "compiled training": lambda state: {"model": WRAPPED["compiled"](state), "epoch": 4},
+           "parallel": lambda state: {f"module.{k}": v for k, v in state.items()},
+           "parallel and compiled training": lambda state: {"state_dict": WRAPPED["parallel"](WRAPPED["compiled"](state)), "epoch": 4},
+           "training with a record": lambda state: beside(collections.OrderedDict(state))}
+
+
+def beside(state: dict) -> dict:
+    "What training scripts save beside the weights."
+    return collections.OrderedDict(model_state_dict=state, epoch=np.int64(4), auc=np.float32(.5), best=np.bool_(True), run=np.str_("b0"),
+                                   args=argparse.Namespace(lr=.1, out=Path("runs/a"), device=torch.device("cpu")), out=Path("/runs/a"),
+                                   windows=pathlib.PureWindowsPath("C:/runs/a"), optimizer=collections.OrderedDict(step=torch.zeros(1)))
+
+
+NOTES = dict(epoch=4, auc=.5, best=True, run="b0", out="/runs/a", windows="C:\\runs\\a")
 
 
 class OldAttention(nn.Module):
@@ -83,7 +103,8 @@ def pairs():
     "Each kind in one wrapping, and each wrapping around one kind; the other pairs are slow tests."
     for i, kind in enumerate(KINDS):
         for j, wrapped in enumerate(WRAPPED):
-            yield pytest.param(kind, wrapped, marks=() if i == j else pytest.mark.slow, id=f"{kind}-{wrapped}".replace(" ", "_"))
+            once = i == j or (i == 0 and j >= len(KINDS))
+            yield pytest.param(kind, wrapped, marks=() if once else pytest.mark.slow, id=f"{kind}-{wrapped}".replace(" ", "_"))
 
 
 @pytest.mark.parametrize("kind, wrapped", pairs())
@@ -99,7 +120,7 @@ def test_old_networks_give_their_logits_again(kind, wrapped, tmp_path):
     fusion = [n for n in model.state_dict() if "fusion" in n]
     assert [n for n in info.ignored if "fusion" in n] == fusion and bool(info.ignored) and info.missing == []
     assert set(info.ignored) - set(fusion) <= {"backbone._fc.weight", "backbone._fc.bias"}
-    assert info.metadata == ({"epoch": 4} if "training" in wrapped else {})
+    assert info.metadata == (NOTES if "record" in wrapped else {"epoch": 4} if "training" in wrapped else {})
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "b0 with attention" else pytest.mark.slow) for k in KINDS])
@@ -118,7 +139,8 @@ def plain():
 def broken(state: dict) -> dict:
     "What must not be loaded, and what the error says."
     def less(*parts): return {k: v for k, v in state.items() if not k.startswith(parts)}
-    return {"another network": ({f"layer1.{i}.conv1.weight": torch.zeros(4, 4) for i in range(3)}, "not a network of the .*predecessor"),
+    return {"another network": ({f"strange.{i}.weight": torch.zeros(4, 4) for i in range(3)}, "not a network of the .*predecessor"),
+            "two networks": (state | {f"module.{k}": v for k, v in state.items()}, "twice"),
             "no recurrent network": (less("temporal."), "recurrent network is missing"),
             "half a recurrent network": (less("temporal.weight_hh_l1"), "do not fit"),
             "no classifier": (less("classifier."), "0 layers"),
@@ -137,6 +159,75 @@ def test_what_does_not_fit_is_refused(plain, kind, tmp_path):
     with pytest.raises(ValueError, match=f"strange.pth.*{reason}"): load_model(tmp_path/"strange.pth")
 
 
+@functools.cache
+def foreign(kind: str) -> dict:
+    "State dicts of other programs; DeepfakeBench's with the names that its source gives them."
+    nets = dict(timm=lambda: timm.create_model("tf_efficientnet_b0", num_classes=2),
+                imagenet=lambda: EfficientNet.from_name("efficientnet-b0"),
+                resnet=torchvision.models.resnet18, torchvision=lambda: torchvision.models.efficientnet_b0(num_classes=1),
+                vit=lambda: timm.create_model("vit_tiny_patch16_224"))
+    if kind in nets: return nets[kind]().state_dict()
+    layers = dict(bench=("backbone.efficientnet._conv_stem.weight", "backbone.efficientnet._blocks.0._bn1.weight",
+                         "backbone.last_layer.weight"),
+                  xception=("backbone.conv1.weight", "backbone.block1.rep.0.conv1.weight", "backbone.last_linear.1.weight"),
+                  ucf=("encoder_f.conv1.weight", "encoder_c.conv1.weight", "con_gan.conv_last.weight"))
+    return {name: torch.zeros(2, 3) for name in layers[kind]}
+
+
+FOREIGN = dict(timm="a timm EfficientNet with 2 classes, .* it has conv_stem.weight and blocks.0.0.conv_",
+               imagenet="an EfficientNet of the package efficientnet_pytorch with the 1000 classes of .* it has _conv_stem.weight",
+               resnet="a ResNet with the 1000 classes of ImageNet, .* it has layer1.0.conv1.weight",
+               torchvision="a torchvision EfficientNet with 1 class, .* it has features.0.0.weight",
+               vit="a vision transformer with the 1000 .* cls_token",
+               bench="a detector of DeepfakeBench, .* it has backbone.efficientnet._conv_stem.weight and backbone.last_layer.weight",
+               xception="a detector of DeepfakeBench, .* backbone.block1.rep",
+               ucf="UCF, a detector of DeepfakeBench, .* it has encoder_f.conv1.weight")
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_network_is_named(kind, tmp_path):
+    torch.save({"state_dict": {f"module.{k}": v for k, v in foreign(kind).items()}, "epoch": 3}, tmp_path/"foreign.pth")
+    save_file(foreign(kind), tmp_path/"foreign.safetensors")
+    for name in ("foreign.pth", "foreign.safetensors"):
+        for read in (load_model, inspect_checkpoint):
+            with pytest.raises(ValueError, match=f"{name} looks like {FOREIGN[kind]}") as told: read(tmp_path/name)
+            assert "not a Spotter checkpoint: it has" in str(told.value)
+
+
+def test_a_network_of_ours_without_its_settings_is_named(tmp_path):
+    torch.save(TemporalCNN_GRU(hidden_size=8).state_dict(), tmp_path/"ours.pth")
+    with pytest.raises(ValueError, match="ours.pth looks like a network of Spotter without its settings, which save_model writes"):
+        load_model(tmp_path/"ours.pth")
+
+
+class Custom:
+    "A class of a training script."
+
+
+REFUSED = {"an object": lambda: Custom(), "a function": lambda: len, "an array": lambda: np.ones(2), "a network": lambda: nn.Linear(2, 2),
+           "a partial": lambda: functools.partial(print, 1), "a dictionary with a default": lambda: collections.defaultdict(list)}
+NAMED = ["test_legacy.Custom", "len", "numpy._core.multiarray._reconstruct", "torch.nn.modules.linear.Linear", "functools.partial",
+         "collections.defaultdict"]
+
+
+@pytest.mark.parametrize("kind, name", zip(REFUSED, NAMED))
+def test_what_is_not_on_the_list_is_refused_by_name(plain, kind, name, tmp_path):
+    torch.save({"model": plain, "beside": REFUSED[kind]()}, tmp_path/"more.pth")
+    with pytest.raises(ValueError, match=f"more.pth carries code: .* {name} would have to be run.* save the weights alone: torch.save"):
+        load_model(tmp_path/"more.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_stands_beside_the_weights_is_read_and_not_made(plain, zipped, tmp_path, monkeypatch):
+    "No constructor of NumPy's, argparse or pathlib is called by the file; a PosixPath could not even be made on Windows."
+    torch.save(beside(plain), tmp_path/"beside.pth", _use_new_zipfile_serialization=zipped)
+    def never(*_, **__): raise AssertionError("a constructor was called")
+    monkeypatch.setattr(argparse.Namespace, "__init__", never); monkeypatch.setattr(argparse.Namespace, "__setattr__", never)
+    monkeypatch.setattr(pathlib.PosixPath, "__new__", never)
+    monkeypatch.setattr(np._core.multiarray, "scalar", never)
+    assert inspect_checkpoint(tmp_path/"beside.pth").metadata == NOTES
+
+
 class Trap:
     def __init__(self, marker: Path): self.marker = str(marker)
     def __reduce__(self): return os.system, (f"touch {self.marker}",)
@@ -146,7 +237,7 @@ class Trap:
 def test_code_in_a_pickle_never_runs(plain, zipped, tmp_path):
     torch.save({"model": plain, "config": Trap(tmp_path/"ran")}, tmp_path/"trap.pth", _use_new_zipfile_serialization=zipped)
     for read in (load_model, inspect_checkpoint):
-        with pytest.raises(ValueError, match="trap.pth.*carries code"): read(tmp_path/"trap.pth")
+        with pytest.raises(ValueError, match="trap.pth.*carries code.*(posix|nt).system would have to be run"): read(tmp_path/"trap.pth")
     assert not (tmp_path/"ran").exists()
     torch.load(tmp_path/"trap.pth", weights_only=False)
     assert (tmp_path/"ran").exists()   # the trap works

@@ -3,6 +3,7 @@ import copy
 import functools
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ from spotter.model.start_weights import LITE, grow, lite_state, load_start, star
 from spotter.train.loop import batch_loss, train
 from spotter.train.losses import FocalLoss
 from spotter.train.resume import fingerprint
-from spotter.train.setup import make_model, start_session
+from spotter.train.schedule import lr_factor
+from spotter.train.setup import make_loader, make_model, start_session
 
 torch.set_num_threads(1)   # the tests run side by side
 SIDE = 64
@@ -174,6 +176,26 @@ def test_a_mask_head_is_saved_and_loaded(tmp_path):
     model, x = plain(mask_head=True), torch.randn(1, 1, 3, SIDE, SIDE)
     save_model(model, tmp_path/"a.safetensors")
     with torch.no_grad(): assert torch.equal(load_model(tmp_path/"a.safetensors")(x, return_mask=True)[1], model(x, return_mask=True)[1])
+
+
+# ---------------------------------------------------------------- few clips
+
+def test_a_training_on_fewer_clips_than_a_batch_ends_and_says_so(tmp_path):
+    params = settings(init="random", batch_size=16, steps_per_epoch=0, accumulation=2)
+    with pytest.warns(UserWarning, match="4 training clips are fewer than a batch of 16.*add clips, or lower models.toy.batch_size"):
+        history = train(params, "toy", ToyStore(pairs=3), tmp_path/"out", tmp_path/"live", tmp_path/"resume")
+    assert len(history) == 2 and history.train_loss.gt(0).all() and (tmp_path/"out"/"weights.safetensors").is_file()
+
+
+def test_a_training_on_enough_clips_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(make_loader(settings(batch_size=4, steps_per_epoch=0), "toy", ToyStore(pairs=3))) == 1
+
+
+@pytest.mark.parametrize("cycle", [(0, 2), (2, 0), (-1, 1)])
+def test_a_schedule_that_would_never_end_is_refused(cycle):
+    with pytest.raises(ValueError, match=f"cycles of {cycle[0]} steps, each {cycle[1]} times as long .* 1 or more"): lr_factor(0, *cycle)
 
 
 # ---------------------------------------------------------------- sequences, and continuing

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'CRFS', 'DIFFERENCES', 'with_intervals', 'fold_groups', 'out_of_fold', 'shortcuts', 'single_features',
-           'strongest', 'file_sizes', 'surroundings', 'apart', 'recoded', 'two_codings', 'systematic', 'difference',
-           'holds', 'family', 'measure_family', 'sample_units', 'measure_corpus', 'compared_fakes', 'mean_by_method',
-           'bounds_table', 'bounds_verdict', 'audit_metrics']
+           'strongest', 'file_sizes', 'surroundings', 'apart', 'recoded', 'two_codings', 'systematic', 'OneSided',
+           'difference', 'holds', 'family', 'measure_family', 'sample_units', 'measure_corpus', 'compared_fakes',
+           'mean_by_method', 'bounds_table', 'bounds_verdict', 'audit_metrics']
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #1d0a344d
 import math
 import tempfile
+import warnings
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -188,18 +189,21 @@ def systematic(
     return dict(brightness=float(brightness), contrast=float(contrast), shift=float(shift), blur=float(blur))
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #352fcf42
+class OneSided(ValueError):
+    "A mask without an inside, or one that leaves no surroundings."
+
 def difference(
     original: np.ndarray,   # (T, H, W, 3) uint8, decoded
     fake: np.ndarray,       # (T, H, W, 3) uint8, decoded
     masks: np.ndarray,      # (T, H, W) bool
     codings: tuple[np.ndarray, np.ndarray],   # `two_codings` of the original
 ) -> dict[str, float]:  # in levels: outside, reference, inside, inside_reference; ratio, inside_ratio, clear; and `systematic`
-    "How far a fake is from its original, beside and inside the mask. `ValueError` when shapes differ or the mask leaves no surroundings."
+    "How far a fake is from its original, beside and inside the mask. `ValueError` when shapes differ, `OneSided` when either is empty."
     if not original.shape == fake.shape == codings[0].shape or masks.shape != fake.shape[:3]:
         raise ValueError(f"original {original.shape}, fake {fake.shape} and masks {masks.shape} are not of the same frames")
     far = surroundings(masks)
     if not far.any() or not masks.any():
-        raise ValueError(f"the mask covers {masks.mean():.0%} of the frames: there is no inside or no outside")
+        raise OneSided(f"the mask covers {masks.mean():.0%} of the frames: there is no inside or no outside")
     change, again = apart(original, fake), apart(*codings)
     outside, reference, inside, within = (float(d[w].mean()) for w in (far, masks) for d in (change, again))
     beside = dict(outside=outside, reference=reference, ratio=outside/reference)
@@ -257,9 +261,10 @@ def _backdrop(track: dict, video: np.ndarray) -> np.ndarray:   # (H, W) bool
     return backdrop(list(track.values()), video.shape[1:3]) if track else np.zeros(video.shape[1:3], bool)
 
 def _compare(path: Path, original: np.ndarray, fake: np.ndarray, masks: np.ndarray | None, codings: tuple, behind: np.ndarray) -> dict:
-    "`difference` and `stray`, the share of the mask that lies in the background; nothing for a clip without masks."
+    "`difference` and `stray`, the share of the mask that lies in the background; nothing without masks, or for a one-sided one."
     if masks is None: return {}
     try: return difference(original, fake, masks, codings) | dict(stray=float(masks[:, behind].sum()/masks.sum()))
+    except OneSided as e: warnings.warn(f"{path}: not compared with its original: {e}", stacklevel=2); return {}
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #dc197ea6

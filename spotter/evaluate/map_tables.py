@@ -80,7 +80,7 @@ def attention_words(
     inside, share = rows.energy.mean(), rows.mask_share.mean()
     return (f"The attention map has {inside:.0%} of its sum inside the mask, which covers {share:.0%} of the picture: "
             f"a difference of {with_interval(gain)}, {verdict}. "
-            f"Its pooled average precision is {with_interval(scores['attention'])} (for comparison: {others}).")
+            f"Its pooled pixel AP is {with_interval(scores['attention'])} (for comparison: {others}).")
 
 # %% ../../nbs/6_evaluate/85_map_tables.ipynb #b925e5d1
 def read_sources(
@@ -130,7 +130,7 @@ def mark(
     return "✓" if d["lo"] > limit else "✗" if d["hi"] <= limit else "?"
 
 # %% ../../nbs/6_evaluate/85_map_tables.ipynb #27cd693e
-AIM = .85                                # pooled average precision of the shown map
+AIM = .85                                # pooled pixel AP of the shown map
 AIM_GROUPS = (ALL, "part of the face")
 AIM_SCORES = dict(pooled="pooled pixel AP", deletion="drop of p_fake")  # titles
 
@@ -142,7 +142,7 @@ def aims(
         raise ValueError("the metrics file has no pooled scores or no deletion: run the stage evaluate again")
     pooled = metrics["localisation"]["pooled"]
     own = pooled[ALL]["scores"]["shown"]
-    rows = [dict(aim="pooled average precision", score="pooled", limit=AIM, mark="✓" if own["value"] >= AIM else "✗", **_numbers(own))]
+    rows = [dict(aim="pooled pixel AP", score="pooled", limit=AIM, mark="✓" if own["value"] >= AIM else "✗", **_numbers(own))]
     rows += [dict(aim=f"above {name}, {group}", score="pooled", limit=0., **_numbers(pooled[group]["differences"][name]))
              for group in AIM_GROUPS if group in pooled for name in (*CONSTANT, *CHEATS)]
     faster = metrics["deletion"]["advantage"]["deletion"]["shown"]

@@ -113,6 +113,6 @@ def pooled_words(
     def one(group, found):
         value = with_interval(found["scores"]["shown"])
         kept = {name: found["differences"][name] for name in others if name in found["differences"]}
-        return (f"**{group}, with all originals** ({found['clips']} clips): the shown map (*{shown}*) has a pooled average precision "
+        return (f"**{group}, with all originals** ({found['clips']} clips): the shown map (*{shown}*) has a pooled pixel AP "
                 f"of {value}. It is {compared(kept)}.")
     return "\n\n".join(one(*item) for item in pooled.items())

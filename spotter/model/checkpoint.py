@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 from . import legacy
 from .network import TemporalCNN_GRU
+from .pickles import read_tensors
 from .pyramid import BACKBONES
+from .strangers import stranger
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #b058e9e9
 FORMAT = "spotter-1"   # version of the header; files of the predecessor have `legacy.OLD_FORMAT`
@@ -46,9 +48,9 @@ def is_safetensors(path: str | Path) -> bool:
 # %% ../../nbs/2_model/40_checkpoint.ipynb #9aa22a07
 def read_old(path: str | Path) -> tuple[legacy.OldNetwork, dict]:  # the network; numbers and texts beside its tensors
     "Read a checkpoint of the predecessor. `ValueError` that names the file and what was found."
-    tensors, notes = legacy.read_tensors(path)
+    tensors, notes = read_tensors(path)
     try: return legacy.convert(tensors), notes
-    except ValueError as e: raise ValueError(f"{path}: {e}") from e
+    except ValueError as e: raise ValueError(f"{path} {e}" if str(e).startswith("looks like") else f"{path}: {e}") from e
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #e4fad03d
 def read_header(
@@ -56,9 +58,12 @@ def read_header(
 ) -> dict:  # format, config, image_size, what is `MEASURED`, metadata
     "The header of a checkpoint. `FileNotFoundError`, or `ValueError` that says what was found instead."
     try:
-        with safe_open(path, "pt") as f: text = (f.metadata() or {}).get("spotter")
+        with safe_open(path, "pt") as f:
+            text = (f.metadata() or {}).get("spotter")
+            told = "" if text else stranger({name: tuple(f.get_slice(name).get_shape()) for name in f.keys()})
     except SafetensorError as e: raise ValueError(f"{path} is not a safetensors file, or is damaged: {e}") from e
-    if text is None: raise ValueError(f"{path} is a safetensors file without Spotter's header: weights of another program")
+    unknown = "is a safetensors file without Spotter's header: weights of another program"
+    if text is None: raise ValueError(f"{path} {told or unknown}")
     header = json.loads(text)
     if header["format"] != FORMAT: raise ValueError(f"{path} has format {header['format']!r}, this version reads {FORMAT!r}")
     return header

@@ -21,8 +21,9 @@ from torch import nn
 from ..core import apply_overlay, find_root, load_params
 from ..data.loader import MEAN, STD
 from .checkpoint import load_model
-from .legacy import backbone_names, read_tensors
+from .legacy import backbone_names
 from .network import TemporalCNN_GRU
+from .pickles import read_tensors
 from .pyramid import BACKBONES, FastSqueezeExcite, imagenet_file, load_imagenet
 
 # %% ../../nbs/2_model/45_start_weights.ipynb #b1efc40a

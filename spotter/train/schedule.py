@@ -21,7 +21,9 @@ def lr_factor(
     cycle_factor: int,   # each cycle is that much longer than the last
     warmup: int = 0,     # steps of linear warm-up at the start
 ) -> float:  # learning rate over its peak, in [0, 1]
-    "Warm-up times cosine annealing with warm restarts. Loshchilov and Hutter 2017."
+    "Warm-up times cosine annealing with warm restarts. Loshchilov and Hutter 2017. `ValueError` for a cycle without a step."
+    if first_cycle < 1 or cycle_factor < 1:
+        raise ValueError(f"cycles of {first_cycle} steps, each {cycle_factor} times as long as the last: both have to be 1 or more")
     start, length = 0, first_cycle
     while step >= start + length: start, length = start + length, length * cycle_factor
     return min(1., (step + 1) / (warmup + 1)) * (1 + math.cos(math.pi * (step - start) / length)) / 2

@@ -7,6 +7,7 @@ __all__ = ['depthwise_in_fp32', 'whiten_stem', 'first_frames', 'make_model', 'ma
 
 # %% ../../nbs/5_train/20_setup.ipynb #22264a0a
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,6 +79,9 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     spec, recipe, clips = params.models[key], params.recipe(key), store.clips.query("split == 'train'")
     data = ClipDataset(store, clips, params.clips.frames, spec.image_size, recipe.augment, params.seed,
                        partial(frames_at, clips=params.clips, first=spec.epochs - recipe.sequence_epochs))
+    if len(clips) < spec.batch_size:
+        warnings.warn(f"{len(clips)} training clips are fewer than a batch of {spec.batch_size}, so a batch holds some several times: "
+                      f"add clips, or lower models.{key}.batch_size in params.yaml", stacklevel=2)
     steps = spec.steps_per_epoch or max(1, len(clips)//spec.batch_size)
     sampler = BalancedSampler(clips.label, clips.method, params.seed)
     if recipe.self_blend: share_draws(sampler, clips.method, recipe.self_blend)
