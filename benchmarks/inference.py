@@ -3,6 +3,7 @@
 - bare backbone, the lower limit: timm's backbone on 24 frames that are ready, in the same precision and memory format
 - plain network: the same layers on efficientnet_pytorch, in fp32 and PyTorch's default memory format
 - video: ten seconds of 1280 × 720 at 25 frames per second, H.264, with one face
+- footage: a minute of that, with heatmaps; and five seconds of it in 3840 × 2160
 
 Speeds do not depend on what was learnt, so the networks have random weights.
 """
@@ -20,7 +21,7 @@ from timing import in_turn, say
 from torch import nn
 
 from spotter.core import find_root, load_params
-from spotter.data.video import read_frames, write_video
+from spotter.data.video import iter_frames, read_frames, write_video
 from spotter.explain.gradcam import MultiScaleGradCAM
 from spotter.model.checkpoint import save_model
 from spotter.model.export import export_onnx
@@ -48,11 +49,11 @@ class PlainNetwork(nn.Module):
         return self.classifier(pool_over_time(temporal))
 
 
-def long_video(path: Path, seconds: int = 10, rate: int = 25) -> Path:
-    "A bundled clip, played forwards and backwards in turn, in the middle of a 720p frame."
+def long_video(path: Path, seconds: int = 10, rate: int = 25, height: int = 720) -> Path:
+    "A bundled clip, played forwards and backwards in turn, in the middle of a frame of 16:9."
     frames, _ = read_frames(next(iter(sorted((find_root()/"data/original_sequences").rglob("*.mp4")))))
-    large = [cv2.resize(f, (720, 720), interpolation=cv2.INTER_CUBIC) for f in frames]
-    wide = [cv2.copyMakeBorder(f, 0, 0, 280, 280, cv2.BORDER_REFLECT) for f in large]
+    large, border = [cv2.resize(f, (height, height), interpolation=cv2.INTER_CUBIC) for f in frames], height*7//18
+    wide = [cv2.copyMakeBorder(f, 0, 0, border, border, cv2.BORDER_REFLECT) for f in large]
     order = np.abs((np.arange(seconds*rate) + len(wide) - 1) % (2*len(wide) - 2) - (len(wide) - 1))
     write_video(path, [wide[i] for i in order], rate)
     return path
@@ -64,6 +65,25 @@ def forward(net, x, precision):
 
 def with_heatmaps(model, clip, precision):
     with MultiScaleGradCAM(model, precision=precision) as explainer: explainer.generate_heatmaps(clip)
+
+
+def decode(video: Path, threads: int): return sum(1 for _ in iter_frames(video, [10**9], threads=threads))
+
+
+def footage(detector: Detector, bare, ready, precision: str, rounds: int, folder: Path):
+    "Print what a minute costs, and what large pictures do."
+    minute, small, large = (long_video(folder/f"{n}.mp4", s, height=h) for n, (s, h) in enumerate([(60, 720), (5, 720), (5, 2160)]))
+    found, threads = {}, torch.get_num_threads()
+    def look(name, video): found[name] = detector.analyze(video)
+    sides = {"bare": (forward, bare, ready, precision), "minute": (look, "minute", minute), "720p": (look, "720p", small),
+             "4K": (look, "4K", large), "decoding 4K": (decode, large, threads)}
+    times = in_turn(sides, rounds)
+    frames = len(found["minute"].people[0].indices)
+    bare_on_these = [t["bare"]*frames/len(ready) for t in times]
+    say(f"time of analyze(a minute of 720p) / bare backbone on its {frames} crops", [t["minute"]/b for t, b in zip(times, bare_on_these)])
+    say("what analyze takes longer in 4K than in 720p / decoding 4K", [(t["4K"] - t["720p"])/t["decoding 4K"] for t in times])
+    parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["minute"].seconds.items())
+    print(f"    the minute: {parts}; the network runs beside the others", flush=True)
 
 
 def measure(key: str, rounds: int, folder: Path):
@@ -99,6 +119,7 @@ def measure(key: str, rounds: int, folder: Path):
                                           for a, b, times in zip(timed[True], timed[False], found))
     frames, text = len(timed[True][0].people[0].indices), ", ".join(f"{name} {value:.2f}" for name, value in share.items())
     print(f"    of that, on {frames} frames: {text}", flush=True)
+    footage(detector, bare, ready, precision, rounds, folder)
 
 
 def main(models: list[str] = typer.Argument(None, help="models of params.yaml; by default those with three scales"),

@@ -7,10 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from dvc.repo import Repo
+from sklearn.metrics import roc_auc_score
 
-from spotter.predict.detector import find_checkpoint
+from spotter.core import load_params
+from spotter.data.toy import ToyStore
+from spotter.evaluate.calibrate import calibrate_checkpoint
+from spotter.model.checkpoint import inspect_checkpoint, save_model, shrink_checkpoint
+from spotter.model.logits import clip_logits, p_fake
+from spotter.model.network import TemporalCNN_GRU
+from spotter.predict.choose import USUAL, alarm_words, find_checkpoint, validation_of
 
 ROOT = Path(__file__).parents[1]
 SHIPPED, LIMIT = "checkpoints/shipped.safetensors", 36e6   # bytes
@@ -43,6 +51,65 @@ def test_a_network_of_ones_own_comes_first(project, own):
     assert find_checkpoint() == project/"checkpoints"/own and not (project/SHIPPED).exists()
 
 
+def write(project, **aucs: float | None):
+    "Checkpoints below checkpoints/, each with its validation AUC, or without one."
+    torch.manual_seed(0)
+    for name, auc in aucs.items():
+        notes = {} if auc is None else dict(validation=dict(auc=auc, real_clips=8, false_alarms=.125, false_alarms_interval=[.02, .47]))
+        save_model(TemporalCNN_GRU(hidden_size=8), project/"checkpoints"/USUAL[dict(b3=1, b0=2, shipped=3)[name]], **notes)
+
+
+BEST = [(dict(b3=.9, b0=.95), 2), (dict(b3=.95, b0=.9), 1), (dict(b3=.9, b0=.9), 1), (dict(b3=None, b0=.6), 2), (dict(b3=.6, b0=None), 1),
+        (dict(b3=None, b0=None), 1), (dict(b0=.6, shipped=.99), 2), (dict(b0=None, shipped=.99), 2), (dict(shipped=.6), 3)]
+
+
+@pytest.mark.parametrize("aucs, best", BEST, ids=str)
+def test_the_best_network_by_its_validation_auc_is_taken(project, aucs, best):
+    write(project, **aucs)
+    assert find_checkpoint() == project/"checkpoints"/USUAL[best]
+
+
+def test_the_predecessors_network_comes_behind_those_that_say_their_auc(project):
+    (project/"checkpoints"/"spotter_v1.pth").touch()
+    write(project, b0=None)
+    assert find_checkpoint().name == "spotter_v1.pth"
+    write(project, b0=.6)
+    assert find_checkpoint() == project/"checkpoints"/USUAL[2]
+
+
+def test_calibration_notes_how_the_network_does_on_validation(tmp_path):
+    "AUC by scikit-learn, the shares by counting, and nothing of what the training noted is lost."
+    store, params, network = ToyStore(), load_params(ROOT/"params.yaml"), TemporalCNN_GRU(hidden_size=8, use_multiscale=True)
+    params = params.model_copy(update=dict(train=params.train.model_copy(update=dict(workers=0, precision="fp32"))))
+    network.image_size = 64
+    save_model(network, tmp_path/"weights.safetensors", key="b0", epoch=3)
+    model, _ = calibrate_checkpoint(tmp_path/"weights.safetensors", store, params, tmp_path/"best.safetensors")
+    val = store.clips.query("split == 'val'")
+    p = p_fake(clip_logits(model, store, val, params.clips.eval_frames, "fp32"), model.temperature, model.bias)
+    real, found = p[val.label == 0], validation_of(tmp_path/"best.safetensors")
+    assert inspect_checkpoint(tmp_path/"best.safetensors").metadata == dict(key="b0", epoch=3, validation=found)
+    assert (found["clips"], found["real_clips"]) == (len(val), len(real)) == (8, 4)
+    assert found["auc"] == round(roc_auc_score(val.label, p), 6) and found["false_alarms"] == (real >= model.threshold).mean()
+    assert found["recall_fake"] == (p[val.label == 1] >= model.threshold).mean()
+    lo, hi = found["false_alarms_interval"]
+    assert 0 <= lo <= found["false_alarms"] <= hi <= 1 and hi - lo > .3   # four clips say little
+    said = f"at this threshold, {(real >= model.threshold).sum()} of 4 real validation videos would be called fake ("
+    assert alarm_words(found).startswith(said)
+
+
+def test_a_damaged_network_among_the_usual_ones_is_told(project):
+    write(project, b3=.9, b0=.95)
+    path = project/"checkpoints"/USUAL[1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="b3/best.safetensors is not a safetensors file, or is damaged"): find_checkpoint()
+
+
+def test_the_shipped_network_keeps_what_it_did_on_validation(project):
+    write(project, b0=.95)
+    shrink_checkpoint(project/"checkpoints"/USUAL[2], project/SHIPPED)
+    assert validation_of(project/SHIPPED) == validation_of(project/"checkpoints"/USUAL[2]) and validation_of(project/SHIPPED)["auc"] == .95
+
+
 def test_a_network_that_nobody_pushed_is_told(project):
     shutil.rmtree(project/".dvcstore")
     with pytest.raises(FileNotFoundError, match="has to run `dvc push`; .*make repro"): find_checkpoint()
@@ -55,7 +122,7 @@ def test_a_network_that_is_not_made_yet_is_not_fetched(project):
 
 
 def test_dvc_is_imported_only_when_something_is_missing():
-    code = "import sys, spotter.cli, spotter.predict.detector; sys.exit('dvc' in sys.modules)"
+    code = "import sys, spotter.cli, spotter.predict.choose, spotter.predict.detector; sys.exit('dvc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -20,6 +20,7 @@ from spotter import cli
 from spotter.data.video import DamageWarning, read_frames
 from spotter.model.checkpoint import save_model
 from spotter.model.network import TemporalCNN_GRU
+from spotter.predict.batch import in_turn, plan_jobs
 from spotter.predict.detector import Detector
 from spotter.predict.outputs import record, summary
 from spotter.predict.page import html_section
@@ -133,6 +134,10 @@ def with_sound(path, pictures, codec="pcm_s16le"):
 def piped(path): os.mkfifo(path); return path
 def folder(path): path.mkdir(); return path
 def written(path, data): path.write_bytes(data); return path
+def resized(path, frames):
+    return written(path, b"".join(encode(path, enlarged(frames, side), format="h264").read_bytes() for side in (256, 512)))
+
+
 def enlarged(frames, side): return [cv2.resize(f, (side, side)) for f in frames]
 
 
@@ -154,6 +159,9 @@ JUDGED = {   # these a player would show
     "oblong pixels": lambda d, f: squeezed(d/"a.mp4", f),
     "a colon in its name": lambda d, f: copied(d/"talk:1.mp4"),
     "animation": lambda d, f: encode(d/"a.gif", f, codec="gif", pixels="rgb8"),
+    "photo": lambda d, f: written(d/"a.jpg", cv2.imencode(".jpg", f[0][..., ::-1])[1].tobytes()),
+    "two sizes": lambda d, f: resized(d/"a.h264", f),
+    "four broadcasts in a row": lambda d, f: written(d/"a.ts", 4*encode(d/"one.ts", f).read_bytes()),
 }
 REFUSED = {   # and of these there is no verdict
     "truncated": (lambda d, f: cut(d/"a.mp4", .05), "frame"),
@@ -162,7 +170,6 @@ REFUSED = {   # and of these there is no verdict
     "zero length": (lambda d, f: written(d/"a.mp4", b""), "empty"),
     "sound alone": (lambda d, f: sound(d/"a.m4a"), "no video stream"),
     "one frame": (lambda d, f: encode(d/"a.mp4", f[:1]), "a verdict needs"),
-    "picture": (lambda d, f: written(d/"a.png", cv2.imencode(".png", f[0])[1].tobytes()), "a verdict needs"),
     "very small": (lambda d, f: encode(d/"a.mp4", enlarged(f, 16)), "no face"),
     "nobody in it": (lambda d, f: encode(d/"a.mp4", np.full_like(f, 90)), "no face"),
     "folder": (lambda d, f: folder(d/"a.mp4"), "a folder"),
@@ -206,7 +213,7 @@ def test_times_are_those_of_a_player(format, times, detector, frames, tmp_path):
     "Uneven ones stay uneven, and a broadcast does not start at the 1.4 seconds that its first time stamp says."
     found = detector.analyze(encode(tmp_path/f"a.{format}", frames, times=UNEVEN.tolist() if format == "mp4" else None), heatmaps=False)
     assert found.people[0].times == pytest.approx(times[found.people[0].indices], abs=2e-3)
-    assert found.frames/found.rate == pytest.approx(times[-1]*24/23, abs=2e-3)
+    assert found.duration == pytest.approx(times[-1]*24/23, abs=2e-3)
 
 
 def test_a_video_that_ends_too_early_says_so(detector, tmp_path):
@@ -254,10 +261,11 @@ def test_one_bad_file_never_stops_the_batch(detector, tmp_path, monkeypatch):
     analyze, show = detector.analyze, detector.diagnostic_video
     def fail(call, name): return lambda video, *args, **kwargs: 1/0 if Path(video).stem == name else call(video, *args, **kwargs)
     monkeypatch.setattr(detector, "analyze", fail(analyze, "a")); monkeypatch.setattr(detector, "diagnostic_video", fail(show, "b"))
-    records, sections, stopped = cli._judge(detector, videos, True, [tmp_path/"out"/f"{video.stem}.mp4" for video in videos])
-    assert [r["verdict"] == "undetermined" for r in records] == [True, False, False] and len(sections) == 3 and not stopped
+    jobs = plan_jobs(videos, detector.settings, tmp_path/"out", tmp_path)
+    records = [found for _, found in in_turn(detector, jobs)]
+    assert [r["verdict"] == "undetermined" for r in records] == [True, False, False] and all(job.section.is_file() for job in jobs)
     assert "ZeroDivisionError" in records[0]["reason"] and "no diagnostic video" in records[1]["note"] and records[2]["note"] is None
-    assert [p.name for p in (tmp_path/"out").iterdir()] == ["c.mp4"]
+    assert [p.name for p in (tmp_path/"out").iterdir()] == ["003_c.mp4"]
 
 
 def test_a_bias_moves_every_probability(detector, tmp_path, monkeypatch):
@@ -316,9 +324,9 @@ def test_the_main_face_is_the_one_with_most_area_and_time(frames, other, detecto
 
 
 def test_coverage_is_a_share_of_the_videos_time(detector, frames, tmp_path):
-    "Ten minutes with the face in every frame, of which six windows of ten seconds are looked at."
+    "Ten minutes with the face in every frame, of which ten windows of four frames, 10/24 of a second apart, are looked at."
     found = detector.analyze(long(tmp_path/"a.mp4", frames, 12*600), heatmaps=False)
-    assert found.people[0].coverage == pytest.approx(.1, abs=.001)
+    assert found.people[0].coverage == pytest.approx(10*40/24/600, abs=.001)
 
 
 def test_threads_may_share_a_detector(detector):
@@ -379,7 +387,7 @@ def loaded(module):
 
 
 def test_help_waits_for_no_library():
-    assert not loaded("spotter.cli") & {"torch", "numpy", "pandas", "matplotlib", "cv2", "av", "spotter.predict.detector"}
+    assert not loaded("spotter.cli") & {"torch", "numpy", "pandas", "matplotlib", "cv2", "av", "rich", "spotter.predict.detector"}
 
 
 def test_a_detector_loads_what_judging_needs():

@@ -69,7 +69,7 @@ def at_frame(
     return between(person.boxes), float(between(person.scores)), between(person.heatmaps)
 
 # %% ../../nbs/7_predict/10_diagnostic.ipynb #13310779
-COLOURS = {"fake": (230, 97, 0), "real": (93, 165, 230)}   # orange and blue, which the colour-blind can tell apart
+COLOURS = {"fake": (230, 97, 0), "unsure": (220, 220, 120), "real": (93, 165, 230)}   # which the colour-blind can tell apart
 
 def _text(picture: np.ndarray, words: str, x: float, y: float, colour, scale: float):
     "Words on a dark ground, from the lower left corner (x, y), in place."
@@ -171,7 +171,8 @@ def write_with_sound(
             ahead = [] if first is None else [first]
             for moment, picture in pictures:
                 picture = _even(picture)
-                if not video.codec_context.is_open: video.height, video.width = picture.shape[:2]
+                if not video.codec_context.is_open: video.height, video.width = size = picture.shape[:2]
+                if picture.shape[:2] != size: picture = cv2.resize(picture, size[::-1])   # a stream may change its size
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
                 shown = max(round(moment/CLOCK), shown + 1)   # spliced recordings go back in time
                 frame.pts, frame.time_base = shown, CLOCK
