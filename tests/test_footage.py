@@ -97,6 +97,12 @@ def test_a_face_that_comes_late_is_judged_where_it_is(detector, heads, tmp_path)
     assert found.people[0].indices.min() >= 15 and found.people[0].coverage <= .4
 
 
+def test_two_faces_that_overlap_in_time_are_both_judged(detector, heads, tmp_path):
+    def place(t): return [(0, 60)]*(.2 <= t < .52) + [(1, 640)]*(.44 <= t < .75)
+    found = detector.analyze(film(tmp_path/"both.mp4", 1, place, heads), heatmaps=False)
+    assert sorted(p.boxes[0, 0] > 400 for p in found.people) == [False, True], found.reason
+
+
 def test_a_person_in_a_tenth_of_a_film(detector, heads, tmp_path):
     def place(t): return [(0, 60)] + [(1, 640)]*(60 <= t < 72)
     found = detector.analyze(film(tmp_path/"tenth.mp4", 120, place, heads, fps=10), heatmaps=False)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -186,16 +187,17 @@ def watch(
         found, kept, again, since = {}, {}, False, time.perf_counter()
         for i, moment, picture in iter_frames(path, set().union(*(w.frames for w in ahead)), index, threads, notes):
             read = time.perf_counter(); seconds["reading"] += read - since
-            window = ahead[0]
-            if i in window.frames:   # otherwise of a window that was given up
-                if i in window.probes: found[i] = detect(picture)
-                if i in window.wanted: kept[i] = moment, picture
-                if i == max(window.frames):
-                    yield Seen(window, cut_out(window, found, kept, faces), late_windows(window, found), picture.shape[1::-1])
-                    found, kept, before = {}, {}, len(ahead) - 1
-                    ahead = thin(ahead[1:])
-                    again = len(ahead) < before and not index.obstacle   # what was given up need not be decoded
-                    if again or not ahead: break
+            near = [*takewhile(lambda w: w.start <= i, ahead)]   # windows may overlap; a frame may be of one that was given up
+            if any(i in w.probes for w in near): found[i] = detect(picture)
+            if any(i in w.wanted for w in near): kept[i] = moment, picture
+            while ahead and not again and i >= max(ahead[0].frames):
+                window, before = ahead[0], len(ahead) - 1
+                boxes = {int(p): found[p] for p in window.probes}
+                yield Seen(window, cut_out(window, boxes, kept, faces), late_windows(window, boxes), picture.shape[1::-1])
+                ahead = thin(ahead[1:])
+                again = len(ahead) < before and not index.obstacle   # what was given up need not be decoded
+                found, kept = ({k: v for k, v in x.items() if ahead and k >= ahead[0].start} for x in (found, kept))
+            if again or not ahead: break
             since = time.perf_counter(); seconds["faces"] += since - read
         if ahead and not again: raise VideoError(f"{path}: fewer frames can be decoded than are in the file")
 
@@ -263,13 +265,13 @@ class Look:
 
 # %% ../../nbs/7_predict/20_detector.ipynb #71c2487c
 def _late(seen: list[Seen], frames: int, every: int) -> list[Window]:
-    "Windows for faces that were seen in a small part of a window."
-    return [plan_window(a, b, frames, every, shot=s.window.shot) for s in seen for a, b in s.late]
+    "Windows for faces that were seen in a small part of a window, those that hold others first."
+    return [plan_window(a, b, frames, every, shot=s.window.shot) for s in seen for a, b in sorted(s.late, key=lambda w: (w[0], -w[1]))]
 
 def _newcomers(late: Seen, seen: list[Seen]) -> Seen:
-    "What such a window shows, without the faces of the window that it lies in."
-    whole = next(s for s in seen if s.window.start <= late.window.start and late.window.stop <= s.window.stop)
-    known = [s.track[max(s.track)] for s in whole.faces]
+    "What such a window shows, without the faces of the windows that it lies in."
+    around = [s for s in seen if s.window.start <= late.window.start and late.window.stop <= s.window.stop]
+    known = [f.track[max(f.track)] for s in around for f in s.faces]
     return replace(late, faces=[f for f in late.faces if best_match(f.track[min(f.track)], known) is None])
 
 # %% ../../nbs/7_predict/20_detector.ipynb #83d92513
@@ -393,11 +395,11 @@ def _unjudged(self: Detector, sightings: list[Sighting], look: Look) -> Unjudged
 # %% ../../nbs/7_predict/20_detector.ipynb #9f87f8c2
 @patch
 def _judge_all(self: Detector, path: str | Path, span: tuple[float, float | None], heatmaps: bool, seconds: dict) -> tuple[Look, dict]:
-    "Look at a video while the network judges the faces of the windows before; what it says of each, by the `id` of the sighting."
+    "Look at a video while the network judges the faces of the windows before; what it says of each sighting."
     said, waiting, running = {}, [], []
     def answer(sightings):
         since = time.perf_counter()
-        said.update(zip(map(id, sightings), self.judge([s.crops for s in sightings], heatmaps)))
+        said.update(zip(sightings, self.judge([s.crops for s in sightings], heatmaps)))
         seconds["network"] += time.perf_counter() - since
     def told(one):
         waiting.extend(s for s in one.faces if self._size([s]) >= self.min_face)
@@ -427,8 +429,8 @@ def analyze(self: Detector,
             probes, people = sum(len(s.window.probes) for s in look.seen), same_people([s.faces for s in look.seen])
             if not people: raise NoFaceError(f"{video}: no face could be followed, in {probes} frames that were searched")
         except (VideoError, NoFaceError) as e: return undetermined(e)
-    large = [[s for s in p if id(s) in said] for p in people]
-    found = tuple(self._person(p, [said[id(s)] for s in p], look) for p in large if p)
+    large = [[s for s in p if s in said] for p in people]
+    found = tuple(self._person(p, [said[s] for s in p], look) for p in large if p)
     if not all(np.isfinite(p.p_fake) for p in found): return undetermined("the network's output is not a number: is the checkpoint whole?")
     unjudged = tuple(self._unjudged(p, look) for p, judged in zip(people, large) if not judged)
     small = f"{len(unjudged)} face{'s'*(len(unjudged) > 1)} too small to be judged" if found and unjudged else ""

@@ -6,6 +6,7 @@
 __all__ = ['SIDE', 'ALIKE', 'SAMPLES', 'Sighting', 'cut_out', 'late_windows', 'appearance', 'same_people', 'coverage']
 
 # %% ../../nbs/7_predict/04_people.ipynb #3d828ed6
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ from ..data.faces import best_match, crop_track, expected, link_tracks
 from .windows import MIN_FRAMES, Window
 
 # %% ../../nbs/7_predict/04_people.ipynb #403d6073
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)   # each is itself alone, and may be a key
 class Sighting:
     "A face in one window: N frames as the network sees them, crops of S pixels."
     window: Window
@@ -102,7 +103,7 @@ def _embedder():
     return net.eval()
 
 def appearance(
-    crops: np.ndarray,   # (N, S, S, 3) uint8 RGB
+    crops: Sequence[np.ndarray],   # N times (S, S, 3) uint8 RGB
 ) -> np.ndarray:  # (N, 1280) of length one
     "What crops show: features of EfficientNet-Lite0, whose products are cosines."
     import torch
@@ -123,8 +124,8 @@ def _seen_at_once(chains: list[list[Sighting]]) -> np.ndarray:  # (n, n) bool
 
 def _distances(chains: list[list[Sighting]]) -> np.ndarray:  # (n, n)
     "One less the largest cosine of each two chains."
-    crops = [np.concatenate([s.crops for s in c]) for c in chains]
-    looks = [appearance(c[np.linspace(0, len(c) - 1, SAMPLES).round().astype(int)]) for c in crops]
+    crops = [[crop for s in c for crop in s.crops] for c in chains]   # without a copy
+    looks = [appearance([c[i] for i in np.linspace(0, len(c) - 1, SAMPLES).round().astype(int)]) for c in crops]
     return np.array([[max(0., 1 - (x @ y.T).max()) for y in looks] for x in looks])   # equal crops may lie beyond one
 
 def same_people(
