@@ -17,3 +17,17 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def all_clips(request): return request.config.getoption("--all-clips")
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory):
+    "Random weights, and crops of 64 pixels: what is tested with it is all around the network."
+    import torch
+    from spotter.model.checkpoint import save_model
+    from spotter.model.network import TemporalCNN_GRU
+    from spotter.predict.detector import Detector
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint")/"random.safetensors"
+    model = TemporalCNN_GRU(use_multiscale=True, use_attention=True); model.image_size = 64
+    save_model(model, path, frames=4)
+    return Detector(path)

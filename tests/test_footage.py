@@ -5,11 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from spotter.data.video import read_frames, write_video
-from spotter.model.checkpoint import save_model
-from spotter.model.network import TemporalCNN_GRU
 from spotter.predict.detector import Detector
 from spotter.predict.outputs import record
 from spotter.predict.fetch import fetch
@@ -18,16 +15,6 @@ ROOT = Path(__file__).parents[1]
 REAL = [f"original_sequences/youtube/c23/videos/{name}.mp4" for name in ("000", "004")]
 FAKE = "manipulated_sequences/Deepfakes/c23/videos/112_113.mp4"
 pytestmark = pytest.mark.skipif(not (ROOT/"data"/"manifest.csv").exists(), reason="no bundled clips: `dvc pull data` fetches them")
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    "Random weights: what is tested is who is found, and for how long."
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint")/"random.safetensors"
-    model = TemporalCNN_GRU(use_multiscale=True, use_attention=True); model.image_size = 64
-    save_model(model, path, frames=4)
-    return Detector(path)
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,11 @@ import av
 import cv2
 import numpy as np
 import pytest
-import torch
 import typer
 
 from spotter import cli
 from spotter.data.video import DamageWarning, read_frames
 from spotter.model.checkpoint import save_model
-from spotter.model.network import TemporalCNN_GRU
 from spotter.predict.batch import in_turn, plan_jobs
 from spotter.predict.detector import Detector
 from spotter.predict.outputs import record, summary
@@ -27,16 +25,6 @@ from spotter.predict.page import html_section
 
 CLIP = Path(__file__).parents[1]/"data"/"original_sequences"/"youtube"/"c23"/"videos"/"000.mp4"
 SECONDS = 60   # for any file
-
-
-@pytest.fixture(scope="session")
-def detector(tmp_path_factory):
-    "Random weights, and crops of 64 pixels: what is tested here is all around the network."
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("checkpoint")/"random.safetensors"
-    model = TemporalCNN_GRU(use_multiscale=True, use_attention=True); model.image_size = 64
-    save_model(model, path, frames=4)
-    return Detector(path)
 
 
 @pytest.fixture(scope="session")
