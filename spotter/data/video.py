@@ -267,14 +267,15 @@ def raw_frames(
     start: int = 0,
     stop: int | None = None,   # behind the last frame; by default the end
     threads: int = 1,
+    skip: str = "NONREF",      # or "BIDIR": what is left out, as FFmpeg calls it
 ) -> Iterator[tuple[int, "av.VideoFrame"]]:  # number and frame, in the order of display
     """A stretch of a video as FFmpeg decodes it in a hurry, for a first look: blocks are not smoothed, and frames that no other frame
-    refers to are left out where the index can tell which are left."""
+    refers to, or all that refer to a later one, are left out where the index can tell which are left."""
     with _open(path, threads) as (container, stream):
         stream.codec_context.options = {"skip_loop_filter": "all"}
         frames = ((i, frame) for i, _, frame in _in_order(container, stream, Path(path)))
         if not index.obstacle:
-            stream.codec_context.skip_frame = "NONREF"
+            stream.codec_context.skip_frame = skip
             packets, _ = _landed(container, stream, index, max(0, int(np.searchsorted(index.keys, start, side="right")) - 1))
             decoded = until_damage((f for packet in packets for f in packet.decode() if f.pts in index.numbers), path)
             frames = ((index.numbers[f.pts], f) for f in decoded)

@@ -118,11 +118,13 @@ def in_workers(
     settings: dict,         # of the detector
 ) -> Iterator[tuple[Job, dict]]:
     "Jobs with their records as they come. Closing the iterator ends the processes in the middle of their videos."
-    context, ahead, running = multiprocessing.get_context("spawn"), iter(jobs), {}   # forking a process that runs threads can hang
+    context, ahead, running, pools = multiprocessing.get_context("spawn"), iter(jobs), {}, []   # forking a process that runs threads can hang
     leash, hand = context.Pipe(duplex=False)
-    def fresh(): return ProcessPoolExecutor(1, context, _start, (make, max(1, resolve_threads()//workers), leash))
+    def fresh():
+        pools.append(ProcessPoolExecutor(1, context, _start, (make, max(1, resolve_threads()//workers), leash)))
+        return pools[-1]
     def give(pool):
-        if (job := next(ahead, None)) is None: return pool.shutdown(wait=False)
+        if (job := next(ahead, None)) is None: return pool.shutdown()
         try: running[pool.submit(_work, job)] = pool, job
         except BrokenProcessPool:   # it died between two videos
             pool = fresh(); running[pool.submit(_work, job)] = pool, job
@@ -136,7 +138,7 @@ def in_workers(
                 give(pool)
     finally:
         hand.close()
-        for pool, _ in running.values(): pool.shutdown(cancel_futures=True)
+        for pool in pools: pool.shutdown(cancel_futures=True)   # also that of the job just told: its process has ended when this returns
 
 # %% ../../nbs/7_predict/45_batch.ipynb #741a480b
 class Terminable:

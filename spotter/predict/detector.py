@@ -214,7 +214,8 @@ def plan(
 ) -> tuple[list[Shot] | None, list[Window]]:   # shots, None where there was no time to find them
     "Find the shots of a video, and choose its windows."
     shots = find_shots(path, index, start, stop, threads, left/2)
-    windows = plan_windows(shots or [Shot(start, stop)], index.rate, frames, every)
+    keys = index.keys[:0] if index.obstacle else index.keys
+    windows = plan_windows(shots or [Shot(start, stop)], index.rate, frames, every, keys)
     return shots, windows if shots else [replace(w, shot=k) for k, w in enumerate(windows)]
 
 # %% ../../nbs/7_predict/20_detector.ipynb #d52f9b7a

@@ -65,11 +65,19 @@ def _counts(lengths: np.ndarray, frames: int) -> np.ndarray:
 # %% ../../nbs/7_predict/02_windows.ipynb #49321f24
 STEP = 10/24   # seconds
 
-def _within(start: int, stop: int, count: int, rate: float, frames: int) -> list[tuple[int, int]]:
-    "`count` stretches side by side, each cut down to its middle where it is longer than a window may be."
-    edges, longest = np.linspace(start, stop, count + 1).round().astype(int), max(MIN_FRAMES, round(frames*STEP*rate))
-    spare = [max(0, b - a - longest)//2 for a, b in zip(edges, edges[1:])]
-    return [(int(a + s), int(b - s)) for a, b, s in zip(edges, edges[1:], spare)]
+def _cut_down(a: int, b: int, longest: int, keys: np.ndarray) -> tuple[int, int]:
+    "The middle of a stretch, or the part that begins at the key frame nearest to that."
+    spare = max(0, b - a - longest)//2
+    middle, length = a + spare, b - a - 2*spare
+    k = np.searchsorted(keys, middle, side="right")
+    near = [int(key) for key in keys[max(0, k - 1):k + 1] if a <= key <= b - length]
+    first = min(near, key=lambda key: abs(key - middle), default=middle)
+    return first, first + length
+
+def _within(start: int, stop: int, count: int, rate: float, frames: int, keys: np.ndarray = np.zeros(0)) -> list[tuple[int, int]]:
+    "`count` stretches side by side, each cut down where it is longer than a window may be."
+    edges, longest = np.linspace(start, stop, count + 1).round().astype(int).tolist(), max(MIN_FRAMES, round(frames*STEP*rate))
+    return [_cut_down(a, b, longest, keys) for a, b in zip(edges, edges[1:])]
 
 # %% ../../nbs/7_predict/02_windows.ipynb #e1b4bd1e
 def _fill(spans: list[tuple[int, int, int]], shots: list[Shot], rate: float) -> list[tuple[int, int, int]]:
@@ -89,12 +97,13 @@ def plan_windows(
     rate: float,     # frames per second
     frames: int,     # to be judged in a window
     every: int,      # see `plan_window`
+    keys: np.ndarray = np.zeros(0),   # frames at which decoding can begin, ascending
 ) -> list[Window]:   # in the order of the film
     "Windows side by side in a short video, evenly spaced in a long one; at least one in each minute and in each longer shot."
     counts = _counts(np.array([len(s) for s in shots])/rate, frames)
     spans = [(*span, k) for k, (shot, count) in enumerate(zip(shots, counts))
-             for span in (_within(shot.start, shot.stop, count, rate, frames) if count else [])]
-    for start, stop, k in _fill(spans, shots, rate): spans += [(*span, k) for span in _within(start, stop, 1, rate, frames)]
+             for span in (_within(shot.start, shot.stop, count, rate, frames, keys) if count else [])]
+    for start, stop, k in _fill(spans, shots, rate): spans += [(*span, k) for span in _within(start, stop, 1, rate, frames, keys)]
     spans = [spans[i] for i in np.linspace(0, len(spans) - 1, min(MOST, len(spans))).round().astype(int)] if spans else []
     most = max(MIN_FRAMES, frames, FRAMES//max(1, len(spans)))
     return [plan_window(start, stop, frames, every, most, shot) for start, stop, shot in sorted(spans)]
