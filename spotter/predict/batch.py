@@ -118,7 +118,8 @@ def in_workers(
     settings: dict,         # of the detector
 ) -> Iterator[tuple[Job, dict]]:
     "Jobs with their records as they come. Closing the iterator ends the processes in the middle of their videos."
-    context, ahead, running, pools = multiprocessing.get_context("spawn"), iter(jobs), {}, []   # forking a process that runs threads can hang
+    context = multiprocessing.get_context("spawn")   # forking a process that runs threads can hang
+    ahead, running, pools = iter(jobs), {}, []
     leash, hand = context.Pipe(duplex=False)
     def fresh():
         pools.append(ProcessPoolExecutor(1, context, _start, (make, max(1, resolve_threads()//workers), leash)))

@@ -71,7 +71,8 @@ def find_shots(
     for skip, most in (("BIDIR", max(1, GAP*index.rate)), ("NONREF", math.inf)):
         shots, since, last = [], start, start
         for number, score in _changes(raw_frames(path, index, start, stop, threads, skip)):
-            if (spent := time.perf_counter() - began) > min(1, seconds) and spent*(stop - start) > seconds*(number + 1 - start): return None
+            spent = time.perf_counter() - began
+            if spent > min(1, seconds) and spent*(stop - start) > seconds*(number + 1 - start): return None
             if number - last > most: break
             if score >= THRESHOLD and number > start:
                 shots.append(Shot(since, last + 1)); since = number
