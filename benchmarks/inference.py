@@ -5,8 +5,10 @@
 - video: ten seconds of 1280 × 720 at 25 frames per second, H.264, with one face
 - footage: a minute of that, with heatmaps; and five seconds of it in 3840 × 2160
 
-Speeds do not depend on what was learnt, so the networks have random weights.
+Speeds do not depend on what was learnt, so the networks have random weights. They show the map that was chosen for the trained ones,
+because Grad-CAM costs more than the mask head; "verdict and Grad-CAM" is that at three scales in any case.
 """
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -94,6 +96,7 @@ def measure(key: str, rounds: int, folder: Path):
     bare = create_backbone(spec.backbone).eval().to(memory_format=torch.channels_last)
     clip = torch.randn(1, FRAMES, 3, spec.image_size, spec.image_size)
     ready = clip[0].contiguous(memory_format=torch.channels_last)
+    model.shown_map = json.loads((find_root()/f"metrics/models/{key}/metrics.json").read_text())["localisation"]["shown_map"]
     save_model(model, folder/"random.safetensors", faces=params.faces.model_dump(), frames=params.clips.eval_frames)
     detector, video = Detector(folder/"random.safetensors", precision=precision), long_video(folder/"video.mp4")
     looked = {True: [], False: []}   # with heatmaps or without -> analyses
@@ -107,8 +110,9 @@ def measure(key: str, rounds: int, folder: Path):
              "verdict": (lambda: looked[False].append(detector.analyze(video, heatmaps=False)),)}
     found = in_turn(sides, rounds)
     against = lambda a, b="bare": [times[a]/times[b] for times in found]
-    print(f"{key}: {FRAMES} frames, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads")
-    texts = dict(model="model(x)", heatmaps="verdict and heatmaps", onnx="ONNX Runtime, fp32", analyze="analyze(video)")
+    print(f"{key}: {FRAMES} frames, {spec.backbone} @{spec.image_size}, {precision}, channels_last, {torch.get_num_threads()} threads, "
+          f"shows the map {model.shown_map!r}")
+    texts = dict(model="model(x)", heatmaps="verdict and Grad-CAM", onnx="ONNX Runtime, fp32", analyze="analyze(video)")
     for name, text in texts.items(): say(f"time of {text} / bare backbone", against(name))
     say("time of the plain network / model(x)", against("plain", "model"))
     parts = {"decoding": ("reading", True), "faces": ("faces", True), "model": ("network", False)}

@@ -94,7 +94,7 @@ def one_model(settings: dict) -> dict:
     return settings | dict(models={"small": small}, shipped="small")
 
 
-NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"), robustness=[])
+NO_RUNS = dict(runs={}, ablation=dict(model="small", half="none"), robustness=[], attacked="small")
 
 
 def some_runs(models: tuple[str, ...]) -> dict:
@@ -104,7 +104,7 @@ def some_runs(models: tuple[str, ...]) -> dict:
     runs["studied-without-FaceSwap"] = dict(model=studied, seed=0) | rest | dict(without="FaceSwap")
     runs["studied-pairs1"] = dict(model=studied, seed=0) | rest | dict(pairs=1)
     runs["studied-originals"] = dict(model=studied, seed=0) | rest | dict(self_blend=1)
-    return dict(runs=runs, ablation=dict(model=studied, half="studied-pairs1"), robustness=[studied])
+    return dict(runs=runs, ablation=dict(model=studied, half="studied-pairs1"), robustness=[studied], attacked=studied)
 
 
 @pytest.fixture(scope="module", params=["one model", pytest.param("all models", marks=slow)])
@@ -295,6 +295,10 @@ def test_results_of_many_trainings(project):
     assert clean[["auc", "pooled_ap"]].nunique().tolist() == [1, 1] and (project/"reports"/"robustness.ipynb").is_file()
     assert clean.auc.iloc[0] == pytest.approx(auc(f"models/{studied}/predictions"), abs=.05)   # the same frames in other batches
     assert f"metrics/robustness/{studied}.csv" in shown_plots(project)
+    for key in project.models:
+        attacks = pd.read_csv(project/"metrics"/"attacks"/f"{key}.csv")
+        assert attacks.groupby("condition").clip_id.nunique().unique().tolist() == [len(project.table(f"models/{key}/predictions"))]
+    assert (project/"reports"/"adversarial.ipynb").is_file()
     holds_no_times_and_no_paths(project)
 
 

@@ -152,7 +152,7 @@ def attack_recalls(
 
 # %% ../../nbs/6_evaluate/69_attack.ipynb #0082da73
 def attack_words(
-    name: str,            # of the model
+    name: str,            # of the model, as it is to be set
     rows: pd.DataFrame,   # of `attack_recalls`
 ) -> str:
     "What a reader should take from the recalls of a model: a paragraph of Markdown."
@@ -162,6 +162,6 @@ def attack_words(
         found = rows.loc[version]
         change = dict(value=found.fake_recall_change, lo=found.fake_recall_change_lo, hi=found.fake_recall_change_hi)
         return f"{version} {said(version, 'fake_recall')}" + ", no significant change"*(significance(change) not in ("lower", "higher"))
-    return (f"**{name}**: of the fakes, {said(AS_IT_IS, 'fake_recall')} are found as they are, and {said(PGD, 'fake_recall')} "
+    return (f"{name}: of the fakes, {said(AS_IT_IS, 'fake_recall')} are found as they are, and {said(PGD, 'fake_recall')} "
             f"after the attack; of the real clips, {said(AS_IT_IS, 'real_recall')} and {said(PGD, 'real_recall')} are called real. "
             f"Fakes that are found in the other versions: {'; '.join(lost(v) for v in rows.index if v not in (AS_IT_IS, PGD))}.")
