@@ -95,14 +95,15 @@ def _detector(checkpoint, device, precision, *how):
 
 # %% ../nbs/9_cli/00_cli.ipynb #bb0dab63
 def _make_room(outputs: list[Path], inputs: list[Path]):
-    """Make the folders of what will be written. `OSError` if it cannot be.
+    """Make the folders of what will be written, and remove what a killed run left unfinished of it. `OSError` if it cannot be.
     `ValueError` for an output that is a folder or an input, or named twice."""
-    from spotter.predict.lines import regular
+    from spotter.runtime import clear_unfinished, regular
     read, places = {p.resolve() for p in inputs}, [p.resolve() for p in outputs if regular(p)]
     if twice := [p for p, times in Counter(places).items() if times > 1]: raise ValueError(f"two things are to be written to {twice[0]}")
     for path in outputs:
         if path.is_dir(): raise ValueError(f"{path} is a folder, a file is to be written there")
         if path.resolve() in read: raise ValueError(f"{path} is an input and would be lost: choose another place for what is written")
+    for path in filter(regular, outputs): clear_unfinished(path.parent, path.name)
     for folder in {path.parent for path in outputs if not path.exists()}:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()   # told now, not after hours of work
@@ -110,7 +111,7 @@ def _make_room(outputs: list[Path], inputs: list[Path]):
 # %% ../nbs/9_cli/00_cli.ipynb #67727a70
 def _beside(path: Path | None, name: str) -> Path | None:
     "A file or folder beside an output; None where there is no output, or one beside which nothing can be."
-    from spotter.predict.lines import regular
+    from spotter.runtime import regular
     return path.with_name(name) if path and regular(path) else None
 
 def _lines_of(json_out: Path | None) -> Path | None:
@@ -131,13 +132,13 @@ def _tell(text: str):
 
 def _write(batch, json_out, csv_out, report) -> bool:
     "Write what is wanted, print the table, and say whether everything could be written."
-    from spotter.predict.lines import whole
     from spotter.predict.outputs import summary
     from spotter.predict.table import print_table
     from spotter.predict.written import encoded, write_page, write_records
+    from spotter.runtime import whole_file
     rows, lost = batch.rows(), bool(batch.unwritten)
     def as_csv(path):
-        with whole(path) as out: out.write(encoded(summary(rows).to_csv(index=False)))
+        with whole_file(path) as out: out.write(encoded(summary(rows).to_csv(index=False)))
     wanted = ((json_out, lambda path: write_records(path, batch.records())), (csv_out, as_csv),
               (report, lambda path: write_page(path, rows, batch.sections(), batch.settings)))
     for path, write in wanted:

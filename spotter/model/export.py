@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .network import TemporalCNN_GRU
+from ..runtime import whole_path
 
 # %% ../../nbs/2_model/60_export.ipynb #82c61b8d
 def pool_by_matrices(
@@ -86,11 +87,9 @@ def export_onnx(
     path: str | Path,      # `.onnx`
 ) -> float:  # largest difference of a logit between PyTorch and ONNX Runtime
     "Write a network, from clip to logits, in fp32. `RuntimeError`, and no file, if ONNX Runtime differs by more than `LOGIT_TOLERANCE`."
-    path, written = Path(path), Path(path).with_suffix(".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(trace(model.eval()), str(written))
-    if not (apart := largest_difference(model, written)) <= LOGIT_TOLERANCE:   # nan agrees with nothing
-        written.unlink()
-        raise RuntimeError(f"{path} was not written: ONNX Runtime's logits differ by {apart:.1e}")
-    written.replace(path)
+    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_path(path) as written:
+        onnx.save(trace(model.eval()), str(written))
+        if not (apart := largest_difference(model, written)) <= LOGIT_TOLERANCE:   # nan agrees with nothing
+            raise RuntimeError(f"{path} was not written: ONNX Runtime's logits differ by {apart:.1e}")
     return apart
