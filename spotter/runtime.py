@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resolve_threads', 'seed_everything', 'default_device', 'has_bf16', 'resolve_precision', 'autocast', 'progress',
-           'in_processes', 'resolve_workers', 'regular', 'clear_unfinished', 'whole_path', 'whole_file', 'machine',
-           'reached_files']
+           'in_processes', 'resolve_workers', 'regular', 'clear_unfinished', 'sync', 'whole_path', 'whole_file',
+           'machine', 'reached_files']
 
 # %% ../nbs/0_core/10_runtime.ipynb #77c9253c
 import ast
@@ -169,7 +169,7 @@ def _with_remedy(path: Path, remedies: dict[int, str]):
         raise OSError(e.errno, remedies[e.errno], str(path)) from e
 
 # %% ../nbs/0_core/10_runtime.ipynb #a650c7b8
-def _sync(path: Path):
+def sync(path: Path):
     "Bring a file to the disk, or the names in a folder, which not every system opens (`os.O_DIRECTORY`)."
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"): return
     place = os.open(path, os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR)
@@ -185,10 +185,10 @@ def whole_path(path: Path) -> Iterator[Path]:
         with _with_remedy(path, _FULL):
             with _with_remedy(path, _LOCKED): unfinished.touch()
             yield unfinished
-            _sync(unfinished)
+            sync(unfinished)
             if path.exists(): shutil.copymode(path, unfinished)
             with _with_remedy(path, _LOCKED): unfinished.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
     finally: unfinished.unlink(missing_ok=True)
 
 @contextmanager
