@@ -238,7 +238,7 @@ def train_model(
     key: Annotated[str, typer.Argument(help="A model of params.yaml.")],
 ):
     """Train a model on the prepared crops, as the stage `train` does, in train.processes processes; under `torchrun --no-python` or
-    `accelerate launch --no_python` in each process that they start. What was killed goes on. DVC takes the result over with `dvc commit`."""
+    `accelerate launch --no_python` in each process that they start. What was killed goes on. DVC takes it over with `dvc commit`."""
     from spotter.core import find_root, load_params
     from spotter.data.store import ClipStore
     from spotter.train.launch import train_together

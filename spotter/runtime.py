@@ -156,7 +156,7 @@ def clear_unfinished(
 # %% ../nbs/0_core/10_runtime.ipynb #4e956dd1
 _FULL = {errno.ENOSPC: "the disk is full; make room and run the same again, which goes on from what is whole",
          errno.EDQUOT: "the quota of this disk is used up; make room and run the same again, which goes on from what is whole",
-         errno.EFBIG: "the file is larger than this system allows; raise the limit (`ulimit -f`) or use another disk, and run the same again"}
+         errno.EFBIG: "the file is larger than this system allows; raise the limit (`ulimit -f`) and run the same again"}
 _LOCKED = {errno.EROFS: "this disk can only be read; choose a folder on another one",
            errno.EACCES: "this folder may not be written to; change its permissions, or choose another one"}
 

@@ -13,8 +13,9 @@ from spotter.train.launch import train_together
 from test_train import settings
 
 torch.set_num_threads(1)
-# fixed statistics: others are those of a process's part of the batch. The backbone is freed in the second epoch, the fourth is of sequences
-RECIPE = dict(init="lite", batch_norm="fixed", epochs=4, unfreeze_epoch=1, trainable_blocks=0, sequence_epochs=1, accumulation=2, mask_loss=1.)
+# fixed statistics: others are of a process's part of the batch. The backbone is freed in the second epoch, the fourth is of sequences
+RECIPE = dict(init="lite", batch_norm="fixed", epochs=4, unfreeze_epoch=1, trainable_blocks=0, sequence_epochs=1, accumulation=2,
+              mask_loss=1.)
 
 
 class HalfMasked(ToyStore):
@@ -97,7 +98,7 @@ def test_a_killed_process_ends_the_run_and_the_training_goes_on(tmp_path, capfd)
 
 @pytest.mark.slow
 def test_an_error_in_a_process_is_told(tmp_path):
-    with pytest.raises(RuntimeError, match="of 2 ended with exit code 1 .*its log is|process 1 of 2 ended with exit code 1 .*the shard is damaged"):
+    with pytest.raises(RuntimeError, match="of 2 ended with exit code 1.*Its log is"):
         run(tmp_path, "damaged", NoNumberStore(), 2)
 
 

@@ -43,8 +43,8 @@ def check_shares(
 ):
     "`ValueError` with the remedy where so many processes cannot share batches or validation clips."
     if batch_size % processes:
-        raise ValueError(f"models.{key}.batch_size is {batch_size}, which {processes} processes cannot share evenly: make it a multiple of "
-                         f"{processes}, or start another number of processes (train.processes)")
+        raise ValueError(f"models.{key}.batch_size is {batch_size}, which {processes} processes cannot share evenly: make it a multiple "
+                         f"of {processes}, or start another number of processes (train.processes)")
     if validation < processes:
         raise ValueError(f"{processes} processes, but {validation} validation clips: lower train.processes, or add clips")
 

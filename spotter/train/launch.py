@@ -57,7 +57,7 @@ def _check_devices(processes: int):
 def train_together(
     params: Params, key: str, store: ClipStore, out: str | Path, live: str | Path, resume: str | Path = ".resume",   # as for `train`
 ) -> pd.DataFrame:  # the history
-    "`train` in as many processes as `train.processes` says. Raises as `train` does, and `RuntimeError` that names the log of one that failed."
+    "`train` in as many processes as `train.processes` says. Raises as `train` does, and `RuntimeError` that names the log of a failed one."
     count, started = params.train.processes, "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1
     if count == 1 or started: return train(params, key, store, out, live, resume)
     _check_devices(count)
@@ -68,7 +68,7 @@ def train_together(
     except ChildFailedError as e:
         _, failure = e.get_first_failure()
         log = next(logs.glob(f"*/attempt_0/{failure.local_rank}/stderr.log"), logs)
-        raise RuntimeError(f"{_outcome(failure, count)}, and the others were ended. Its log is {log}. What the training had on disk after its "
-                           f"last epoch is whole, in {Path(resume)/key}: run the same again to go on from there") from e
+        raise RuntimeError(f"{_outcome(failure, count)}, and the others were ended. Its log is {log}. What the training had on disk after "
+                           f"its last epoch is whole, in {Path(resume)/key}: run the same again to go on from there") from e
     shutil.rmtree(logs)
     return history

@@ -29,7 +29,8 @@ from .devices import agreed
 def fingerprint(params: Params, key: str, store: ClipStore) -> str:
     "Hash of all that decides the course of a training: settings, weights to start from, table of clips, source code."
     spec, recipe = params.models[key], params.recipe(key)
-    settings = {k: v.model_dump(exclude={"workers", "processes", "train"}) for k, v in dict(clips=params.clips, train=recipe, model=spec).items()}
+    parts, elsewhere = dict(clips=params.clips, train=recipe, model=spec), {"workers", "processes", "train"}
+    settings = {name: part.model_dump(exclude=elsewhere) for name, part in parts.items()}
     settings["init"] = start_record(recipe.init, spec.backbone)
     sources = [p.read_text() for p in reached_files("from spotter.train.loop import train")]
     return hashlib.sha256(json.dumps([params.seed, params.threads, settings, store.clips.to_csv(), sources]).encode()).hexdigest()
@@ -125,8 +126,8 @@ def _take_up(folder: Path, wanted: str) -> TrainingState:
     return now
 
 def load_state(folder: Path, wanted: str, accelerator: Accelerator) -> TrainingState:
-    """Continue the state in `folder` if its fingerprint is `wanted` and its files are whole. Any other state is moved aside, and the training
-    starts afresh."""
+    """Continue the state in `folder` if its fingerprint is `wanted` and its files are whole. Any other state is moved aside, and the
+    training starts afresh."""
     now = agreed(_take_up(folder, wanted) if accelerator.is_main_process else None)
     if now.state:
         accelerator.load_state(str(folder/now.state))
