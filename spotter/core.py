@@ -100,10 +100,11 @@ class TrainParams(Section):
     patience: int = Field(ge=1)                    # epochs without improvement before stopping
     min_improvement: float = Field(ge=0)           # smallest gain in the validation's mean F1 that counts as improvement
     workers: auto_or_count(0)                      # processes that load clips; they change no result
+    processes: int = Field(ge=1)                   # that train together, each on a device of its own, or on its share of the cores
     augment: AugmentParams
 
 # %% ../nbs/0_core/00_core.ipynb #c540591e
-COMMON = "precision", "workers", "augment"   # settings of `TrainParams` that no model replaces
+COMMON = "precision", "workers", "processes", "augment"   # settings of `TrainParams` that no model replaces
 
 _optional = {name: (Optional[f.rebuild_annotation()], None) for name, f in TrainParams.model_fields.items() if name not in COMMON}
 RecipeChanges = create_model("RecipeChanges", __base__=Section, __doc__="Values of `TrainParams` of one model, or None.", **_optional)

@@ -16,10 +16,10 @@ from ..core import Params, find_root
 from .corpora import index_corpus
 from .table import COLUMNS
 from .faces import DETECTORS, make_detector
-from .shards import Shard, cut_shards, finished, prepare_shard, shard_key, whole_file
+from .shards import Shard, cut_shards, finished, prepare_shard, shard_key
 from .store import ClipStore, shard_path
 from .which_face import guides
-from ..runtime import in_processes, progress, resolve_threads
+from ..runtime import clear_unfinished, in_processes, progress, resolve_threads, whole_file
 
 # %% ../../nbs/1_data/50_prepare.ipynb #ccd640d0
 TABLES = "clips.parquet", "frames.parquet", "excluded.csv"
@@ -28,6 +28,7 @@ def _clear(out: Path):
     "Make the folder, or remove a store from it, of today's form or with one tar for each split."
     out.mkdir(parents=True, exist_ok=True)
     for old in (*(out/name for name in TABLES), *out.glob("*.tar")): old.unlink(missing_ok=True)
+    clear_unfinished(out)
     if (out/"shards").exists(): shutil.rmtree(out/"shards")
 
 def _plan(params: Params, rows: list[dict], root: Path, out: Path) -> list[Shard]:
@@ -64,8 +65,8 @@ def _write_tables(clips: pd.DataFrame, frames: pd.DataFrame, out: Path):
     "Write the three tables of a store, the one that makes it a store last."
     kept = clips[clips.reason == ""].drop(columns="reason")
     kept = kept.astype(dict(n_frames=int, source_frames=int, declared_frames=int, has_mask=bool))
-    clips.loc[clips.reason != "", [*COLUMNS, "reason"]].to_csv(out/"excluded.csv", index=False)
-    frames.to_parquet(out/"frames.parquet", index=False)
+    with whole_file(out/"excluded.csv") as file: clips.loc[clips.reason != "", [*COLUMNS, "reason"]].to_csv(file, index=False)
+    with whole_file(out/"frames.parquet") as file: frames.to_parquet(file, index=False)
     with whole_file(out/"clips.parquet") as file: kept.to_parquet(file, index=False)
 
 # %% ../../nbs/1_data/50_prepare.ipynb #6c20de19

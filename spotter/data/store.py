@@ -6,7 +6,8 @@
 __all__ = ['PLACE', 'REMEDY', 'shard_path', 'ClipStore']
 
 # %% ../../nbs/1_data/40_store.ipynb #eb1699e2
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,6 +48,13 @@ def _read_images(
         if images[-1] is None: raise ValueError(f"{file.name}: no image at byte {offset}, the shard is damaged; {REMEDY}")
     return images[0][None] if len(images) == 1 else np.stack(images)   # training reads single frames, which need no copy
 
+# %% ../../nbs/1_data/40_store.ipynb #e10af99a
+def _read_table(path: Path, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    "A table of a store. `FileNotFoundError` or `ValueError` with the remedy for one that is missing or damaged."
+    if not path.is_file(): raise FileNotFoundError(f"{path}: this table of the crops is missing; {REMEDY}")
+    try: return read(path)
+    except ValueError as e: raise ValueError(f"{path}: this table of the crops is damaged ({e}); {REMEDY}") from e
+
 # %% ../../nbs/1_data/40_store.ipynb #80e231d3
 class ClipStore:
     """Stored face crops, see `prepare_corpus`.
@@ -55,13 +63,13 @@ class ClipStore:
         self,
         folder: str | Path,  # as written by `prepare_corpus`
     ):
-        "Open a store. Raises `FileNotFoundError` where it or a shard is missing, `ValueError` for a shard cut off or an older form."
+        "Open a store. Raises `FileNotFoundError` where it or a file of it is missing, `ValueError` for a damaged one or an older form."
         self.folder = Path(folder)
         if not (self.folder/"clips.parquet").is_file():
             raise FileNotFoundError(f"{self.folder}: no stored clips; make them with `dvc repro prepare`")
-        self.clips = pd.read_parquet(self.folder/"clips.parquet")
-        self.index = pd.read_parquet(self.folder/"frames.parquet")
-        self.excluded = pd.read_csv(self.folder/"excluded.csv", dtype=str, keep_default_na=False).astype(dict(label=int))
+        self.clips, self.index = (_read_table(self.folder/name, pd.read_parquet) for name in ("clips.parquet", "frames.parquet"))
+        excluded = _read_table(self.folder/"excluded.csv", partial(pd.read_csv, dtype=str, keep_default_na=False))
+        self.excluded = excluded.astype(dict(label=int))
         _check_shards(self.folder, self.index)
         places = self.index[PLACE].to_numpy()
         self._places = {c: places[rows] for c, rows in self.index.groupby("clip_id").indices.items()}

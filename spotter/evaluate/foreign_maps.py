@@ -7,7 +7,6 @@ __all__ = ['checked_maps', 'map_file', 'read_maps', 'write_maps', 'scored_frames
            'map_metrics']
 
 # %% ../../nbs/6_evaluate/96_foreign_maps.ipynb #32a916f6
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from .heatmaps import CLIP_COLUMNS, freeze_thresholds, heatmap_metrics, score_ma
 from .pooled import pooled_scores
 from .references import Priors, reference_maps, training_priors
 from ..metrics.localisation import GRID, HALF, linear_weights, on_grid
-from ..runtime import progress
+from ..runtime import progress, whole_file
 
 # %% ../../nbs/6_evaluate/96_foreign_maps.ipynb #a70ea415
 def checked_maps(
@@ -66,8 +65,7 @@ def write_maps(folder: str | Path, clip_id: str, heatmaps: np.ndarray, frames: n
     "Write heatmaps (T, h, w) of frames (T,) as .npz; a file of that name is there as a whole or not at all."
     path = Path(folder)/f"{clip_id}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part := path.with_suffix(".part"), "wb") as f: np.savez_compressed(f, heatmaps=heatmaps, frames=frames)
-    os.replace(part, path)
+    with whole_file(path) as file: np.savez_compressed(file, heatmaps=heatmaps, frames=frames)
 
 # %% ../../nbs/6_evaluate/96_foreign_maps.ipynb #07a8c639
 def scored_frames(

@@ -19,6 +19,7 @@ from ..metrics.bootstrap import bootstrap_intervals, resampling_units
 from ..metrics.calibration import calibration_error, prior_shift, probability_metrics
 from ..metrics.classification import auc, confusion_metrics, ranking_metrics
 from ..metrics.threshold import check_scores
+from ..runtime import whole_file
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #4ed345a0
 PREDICTION_COLUMNS = ["clip_id", "label", "method", "strength", "compression", "target_id", "source_id", "p_fake", "prediction"]
@@ -45,7 +46,8 @@ def write_predictions(
 ):
     "Write a prediction table; the same table gives the same bytes."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    table.assign(p_fake=table.p_fake.map("{:.6f}".format))[PREDICTION_COLUMNS].to_csv(path, index=False, lineterminator="\n")
+    with whole_file(Path(path)) as file:
+        table.assign(p_fake=table.p_fake.map("{:.6f}".format))[PREDICTION_COLUMNS].to_csv(file, index=False, lineterminator="\n")
 
 # %% ../../nbs/6_evaluate/10_tables.ipynb #672c7b99
 def read_predictions(path: str | Path) -> pd.DataFrame:  # identities as text, so that 000 stays 000; what is missing stays missing
@@ -148,7 +150,7 @@ def write_json(
     "Write a metrics file: the same data give the same bytes. Raises `ValueError` for infinite numbers, `TypeError` for foreign types."
     text = json.dumps(_plain(data), indent=2, allow_nan=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text)
+    with whole_file(Path(path)) as file: file.write(text.encode())
 
 def _plain(x):
     "`x` in JSON's own types: floats with six decimals, `nan` as None, no negative zero."

@@ -7,18 +7,32 @@ __all__ = ['FORMAT', 'MEASURED', 'save_model', 'is_safetensors', 'read_old', 're
            'inspect_checkpoint', 'load_model', 'shrink_checkpoint']
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #c93ddd37
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from . import legacy
 from .network import TemporalCNN_GRU
 from .pickles import read_tensors
 from .pyramid import BACKBONES
 from .strangers import stranger
+from ..runtime import whole_file
+
+# %% ../../nbs/2_model/40_checkpoint.ipynb #92b4216a
+def _tensors_sha256(
+    tensors: dict[str, torch.Tensor],   # on the CPU
+) -> str:
+    "Hash of names, types, shapes and bytes of tensors, whatever their order."
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        digest.update(t.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #b058e9e9
 FORMAT = "spotter-1"   # version of the header; files of the predecessor have `legacy.OLD_FORMAT`
@@ -35,8 +49,12 @@ def save_model(
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     header = dict(format=FORMAT, config=model.config, image_size=model.image_size,
                   **{name: getattr(model, name) for name in MEASURED}, metadata=metadata)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, path, {"spotter": json.dumps(header, sort_keys=True)})
+    _write({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, header, path)
+
+def _write(tensors: dict[str, torch.Tensor], header: dict, path: Path):
+    "Write tensors with a header, and their hash in it."
+    header = header | dict(sha256=_tensors_sha256(tensors))
+    with whole_file(path) as file: file.write(save(tensors, {"spotter": json.dumps(header, sort_keys=True)}))
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #a28f4ec4
 def is_safetensors(path: str | Path) -> bool:
@@ -53,6 +71,8 @@ def read_old(path: str | Path) -> tuple[legacy.OldNetwork, dict]:  # the network
     except ValueError as e: raise ValueError(f"{path} {e}" if str(e).startswith("looks like") else f"{path}: {e}") from e
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #e4fad03d
+_REMEDY = "copy it once more from where it is whole, or make it anew: remove it and run `make repro`"
+
 def read_header(
     path: str | Path,
 ) -> dict:  # format, config, image_size, what is `MEASURED`, metadata
@@ -61,7 +81,7 @@ def read_header(
         with safe_open(path, "pt") as f:
             text = (f.metadata() or {}).get("spotter")
             told = "" if text else stranger({name: tuple(f.get_slice(name).get_shape()) for name in f.keys()})
-    except SafetensorError as e: raise ValueError(f"{path} is not a safetensors file, or is damaged: {e}") from e
+    except SafetensorError as e: raise ValueError(f"{path} is not a safetensors file, or is damaged: {e}; {_REMEDY}") from e
     unknown = "is a safetensors file without Spotter's header: weights of another program"
     if text is None: raise ValueError(f"{path} {told or unknown}")
     header = json.loads(text)
@@ -93,15 +113,24 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 
 def _described(config: dict) -> dict: return {key: config[key] for key in ("backbone", "use_multiscale", "use_attention")}
 
+# %% ../../nbs/2_model/40_checkpoint.ipynb #e704c865
+def _read_whole(path: str | Path, header: dict) -> dict[str, torch.Tensor]:
+    "The tensors of a checkpoint. `ValueError` if they are not those that were written; old files do not say which these were."
+    with safe_open(path, "pt") as f: tensors = {name: f.get_tensor(name) for name in f.keys()}
+    if "sha256" in header and _tensors_sha256(tensors) != header["sha256"]:
+        raise ValueError(f"{path} is damaged or was altered: its tensors are not those that its header tells of (SHA-256); {_REMEDY}")
+    return tensors
+
 # %% ../../nbs/2_model/40_checkpoint.ipynb #0244091d
 def load_model(
     path: str | Path,
     device: str = "cpu",
 ) -> TemporalCNN_GRU:  # in eval mode
-    "Build the network that a checkpoint describes and load its weights. Raises as `read_header` does, and when tensors do not fit."
+    """Build the network that a checkpoint describes and load its weights. Raises as `read_header` does, and `ValueError` when tensors
+    do not fit or are not those that were written."""
     if is_safetensors(path):
         header = read_header(path)
-        with safe_open(path, "pt") as f: state = {name: f.get_tensor(name) for name in f.keys()}
+        state = _read_whole(path, header)
         if header.get("heatmap_threshold") is not None: header["heatmap_thresholds"] = {"fused": header["heatmap_threshold"]}  # old files
     else:
         old, _ = read_old(path)
@@ -117,8 +146,7 @@ def shrink_checkpoint(
     path: str | Path,  # written by `save_model`
     out: str | Path,   # `.safetensors`; its folder is made
 ):
-    "Write a checkpoint again, its matrices and kernels rounded to bfloat16, all else as it is. Raises as `read_header` does."
-    read_header(path)
+    "Write a checkpoint again, its matrices and kernels rounded to bfloat16, all else as it is. Raises as `load_model` does."
+    header = read_header(path)
     out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
-    with safe_open(path, "pt") as f: tensors, header = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
-    save_file({name: t.bfloat16() if t.ndim > 1 else t for name, t in tensors.items()}, out, header)
+    _write({name: t.bfloat16() if t.ndim > 1 else t for name, t in _read_whole(path, header).items()}, header, out)

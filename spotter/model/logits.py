@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.loader import ClipDataset
+from ..data.loader import ClipDataset, told_of_loaders
 from .network import TemporalCNN_GRU
 from ..runtime import autocast, progress
 
@@ -30,7 +30,7 @@ def clip_logits(
     device = next(model.parameters()).device
     loader = DataLoader(ClipDataset(store, clips, frames, model.image_size), batch_size, num_workers=workers)
     model.eval()
-    with autocast(precision, device):
+    with autocast(precision, device), told_of_loaders():
         logits = [model(batch["clip"].to(device)).float().cpu() for batch in progress(loader, desc="clips", leave=False)]
     return torch.cat(logits).numpy()
 

@@ -152,5 +152,5 @@ def freeze_frames(self: TemporalCNN_GRU):
 @patch
 def fix_statistics(self: TemporalCNN_GRU):
     "Let the backbone's batch-norms keep the means and variances that they have."
-    self._fixed_norms = [m for m in self.feature_extractor.net.modules() if isinstance(m, nn.BatchNorm2d)]
+    self._fixed_norms = [m for m in self.feature_extractor.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     self.train(self.training)

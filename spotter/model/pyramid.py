@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'SCALES', 'BackboneSpec', 'FastSqueezeExcite', 'imagenet_file', 'load_imagenet', 'create_backbone',
-           'scale_stages', 'top_down', 'separable_conv', 'Gate', 'FeaturePyramid', 'MultiScaleFeatureExtractor']
+           'scale_stages', 'top_down', 'pool_by_matrices', 'pool_to', 'separable_conv', 'Gate', 'FeaturePyramid',
+           'MultiScaleFeatureExtractor']
 
 # %% ../../nbs/2_model/00_pyramid.ipynb #29477ebc
 from pathlib import Path
@@ -86,6 +87,26 @@ def top_down(
         merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
     return merged
 
+# %% ../../nbs/2_model/00_pyramid.ipynb #5981e76b
+def pool_by_matrices(
+    x: torch.Tensor,             # (…, H, W)
+    size: int | tuple[int, int],
+) -> torch.Tensor:  # (…, *size)
+    "`adaptive_avg_pool2d` as two products."
+    sizes = zip(x.shape[-2:], (size, size) if isinstance(size, int) else size)
+    rows, columns = (F.adaptive_avg_pool1d(torch.eye(int(n))[None], int(k))[0].to(x.device, x.dtype) for n, k in sizes)
+    return rows.T @ x @ columns
+
+# %% ../../nbs/2_model/00_pyramid.ipynb #d3653fae
+def pool_to(
+    x: torch.Tensor,          # (N, C, H, W)
+    grid: tuple[int, int],    # h, w, at most H and W
+) -> torch.Tensor:  # (N, C, h, w)
+    "Mean over windows, as `F.adaptive_avg_pool2d` has them, with the same gradient in every run on every device."
+    (height, width), (h, w) = x.shape[-2:], grid
+    if height % h == 0 and width % w == 0: return F.avg_pool2d(x, (height//h, width//w))
+    return F.adaptive_avg_pool2d(x, grid) if x.device.type == "cpu" else pool_by_matrices(x, grid)
+
 # %% ../../nbs/2_model/00_pyramid.ipynb #83773c85
 def separable_conv(channels: int) -> nn.Sequential:
     "3×3 depthwise and 1×1 pointwise convolution with batch-norm and SiLU; (N, C, h, w) keeps its shape."
@@ -95,7 +116,7 @@ def separable_conv(channels: int) -> nn.Sequential:
 # %% ../../nbs/2_model/00_pyramid.ipynb #fac01b0d
 class Gate(nn.Module):
     "Multiply a map (N, C, h, w) by probabilities (N, 1, H, W) that are averaged to its size. After Dang et al. 2020."
-    def forward(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor: return x * F.adaptive_avg_pool2d(p, x.shape[-2:])
+    def forward(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor: return x * pool_to(p, x.shape[-2:])
 
 # %% ../../nbs/2_model/00_pyramid.ipynb #8dafc90c
 class FeaturePyramid(nn.Module):
@@ -121,7 +142,7 @@ class FeaturePyramid(nn.Module):
         mask, grid = self.mask(levels[0]), levels[-1].shape[-2:]
         manipulated = mask.sigmoid()
         gated = [self.gate[name](x, manipulated) for name, x in zip(self.gate, levels)]
-        return self.project(torch.cat([F.adaptive_avg_pool2d(x, grid) for x in gated], 1)), mask
+        return self.project(torch.cat([pool_to(x, grid) for x in gated], 1)), mask
 
 # %% ../../nbs/2_model/00_pyramid.ipynb #1d2df274
 class MultiScaleFeatureExtractor(nn.Module):

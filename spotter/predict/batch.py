@@ -25,10 +25,10 @@ from fastcore.basics import patch
 
 from .detector import Analysis
 from .inputs import numbered_name
-from .lines import Lines, identity, open_lines, whole
+from .lines import Lines, identity, open_lines
 from .outputs import brief, record
 from .written import encoded
-from ..runtime import progress, resolve_threads
+from ..runtime import clear_unfinished, progress, resolve_threads, whole_file
 
 # %% ../../nbs/7_predict/45_batch.ipynb #ab01a26f
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _section_written(analysis: Analysis, job: Job) -> dict:
     "The record of a video whose section is written, if one is wanted."
     from spotter.predict.page import html_section   # draws with matplotlib, which a run without a page does not need
     try:
-        with whole(job.section) as out: out.write(encoded(html_section(analysis)))
+        with whole_file(job.section) as out: out.write(encoded(html_section(analysis)))
     except Exception as e: analysis = _noted(analysis, "no pictures on the page", e)
     return record(analysis)
 
@@ -253,13 +253,14 @@ def sections(self: Batch) -> Iterator[bytes]:
         yield job.section.read_bytes() if row["path"] in self.found and job.section.is_file() else encoded(html_section(said))
 
 # %% ../../nbs/7_predict/45_batch.ipynb #31f266a1
-PART = re.compile(r"[0-9a-f]{32}\.html|\.[0-9a-f]{32}\.part")
+PART = re.compile(r"[0-9a-f]{32}\.html")
 
 def clear(
     parts: Path,   # folder of sections, which need not be there
 ):
     "Remove sections, and the folder if nothing else is in it."
     if not parts.is_dir(): return
+    clear_unfinished(parts)
     for path in parts.iterdir():
         if PART.fullmatch(path.name): path.unlink()
     if not any(parts.iterdir()): parts.rmdir()

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.video import DamageWarning, iter_frames, start_time, until_damage
 from ..evaluate.overlay import blend
-from ..runtime import progress
+from ..runtime import progress, whole_path
 
 # %% ../../nbs/7_predict/10_diagnostic.ipynb #92f440cc
 def heatmap_in_frame(
@@ -158,9 +158,8 @@ def write_with_sound(
     "Write pictures at their times, and sound. The file appears when it is complete."
     import av   # not at the top, because crops are judged where there is no FFmpeg
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
     with ExitStack() as stack:
-        stack.callback(unfinished.unlink, missing_ok=True)
+        unfinished = stack.enter_context(whole_path(path))
         with av.open(str(unfinished), "w", format="mp4", options={"movflags": "faststart"}) as out:
             video = out.add_stream("libx264", options={"crf": str(crf), "preset": "veryfast"})
             video.pix_fmt, video.time_base = "yuv420p", CLOCK
@@ -182,7 +181,6 @@ def write_with_sound(
                     ahead = [p] if (p := next(packets, None)) else []
             out.mux(video.encode(None))
             for _, packet in (*ahead, *packets): out.mux(packet)
-        unfinished.replace(path)
 
 # %% ../../nbs/7_predict/10_diagnostic.ipynb #5cf851a0
 READABLE = 480   # pixels: lower pictures are enlarged

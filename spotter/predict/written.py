@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from textwrap import indent
 
-from .lines import whole
+from ..runtime import whole_file
 
 # %% ../../nbs/7_predict/42_written.ipynb #31449c9d
 def write_records(
@@ -19,7 +19,7 @@ def write_records(
     records: Iterable[dict],   # see `record`
 ):
     "Write a list as JSON. `OSError` when that cannot be; then a file that was there stays."
-    with whole(path) as out:
+    with whole_file(path) as out:
         for k, record in enumerate(records):
             out.write((",\n" if k else "[\n").encode() + indent(json.dumps(record, indent=1, allow_nan=False), " ").encode())
         out.write(b"\n]")
@@ -40,7 +40,7 @@ def write_page(
     "Write a page on several videos. `OSError` as `write_records`."
     from spotter.predict.page import html_page   # draws with matplotlib, which a run without a page does not need
     head, _, tail = map(encoded, html_page(records, [MARK], settings).partition(MARK))
-    with whole(path) as out:
+    with whole_file(path) as out:
         out.write(head)
         for section in sections: out.write(section)
         out.write(tail)

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from ..runtime import progress
+from ..runtime import progress, whole_file
 from ..data.sampling import sample_positions
 from ..data.video import read_frames, write_video
 from .heads import Head, Template, generator, load_template, sample_identity, shape_head
@@ -74,11 +74,8 @@ def run_job(
 
 # %% ../../nbs/8_synth/50_dataset.ipynb #75dfedaf
 def _write_text(path: Path, text: str):
-    "Write a text file under another name, then rename it."
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    with whole_file(path) as file: file.write(text.encode())
 
 # %% ../../nbs/8_synth/50_dataset.ipynb #d763d057
 def _claim(root: Path, settings: Settings):

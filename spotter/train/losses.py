@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..model.pyramid import pool_to
+
 # %% ../../nbs/5_train/00_losses.ipynb #d081d656
 class FocalLoss(nn.Module):
     "Focal loss of logits (N, C) against labels (N,), averaged with the classes' weights. Lin et al. 2017."
@@ -31,10 +33,11 @@ def mask_loss(
     logits: torch.Tensor,  # (B, T, h, w) of the manipulated region
     masks: torch.Tensor,   # (B, T, H, W) 0/1, H and W larger than h and w
     known: torch.Tensor,   # (B,) bool, whether a clip's mask is known
+    count: torch.Tensor | None = None,   # known masks to divide by; by default those of this batch
 ) -> torch.Tensor:  # a scalar; 0 when no mask is known
     "Binary cross-entropy against each cell's manipulated share, plus 1 − Dice; both are means over frames."
-    share, p = F.adaptive_avg_pool2d(masks, logits.shape[-2:]), logits.float().sigmoid()
+    share, p = pool_to(masks, logits.shape[-2:]), logits.float().sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits.float(), share, reduction="none").mean((2, 3))
     # the 1 makes the Dice of an empty prediction and an empty mask 1
     dice = (2*(p*share).sum((2, 3)) + 1) / ((p*p).sum((2, 3)) + (share*share).sum((2, 3)) + 1)
-    return ((entropy + 1 - dice).mean(1) * known).sum() / known.sum().clamp(min=1)
+    return ((entropy + 1 - dice).mean(1) * known).sum() / (known.sum().clamp(min=1) if count is None else count)

@@ -26,7 +26,9 @@ from ..data.self_blend import share_draws
 from ..data.store import ClipStore
 from ..model.network import TemporalCNN_GRU
 from ..model.start_weights import load_start
-from ..runtime import default_device, resolve_precision, resolve_workers, seed_everything
+from ..runtime import default_device, resolve_precision, seed_everything
+from .devices import check_shares, make_accelerator, share_dropout, share_of_threads, share_of_workers
+from .devices import synced_norms, tell_statistics
 from .losses import FocalLoss
 from .schedule import frames_at, make_optimizer
 
@@ -61,15 +63,21 @@ def first_frames(data: ClipDataset, count: int = 64) -> torch.Tensor:  # (≤ co
     return torch.cat([data[i]["clip"][:1] for i in range(0, len(data), math.ceil(len(data)/count))])
 
 # %% ../../nbs/5_train/20_setup.ipynb #daba28f4
-def make_model(params: Params, key: str) -> TemporalCNN_GRU:
+def make_model(
+    params: Params,
+    key: str,
+    accelerator: Accelerator | None = None,   # of one of several processes
+) -> TemporalCNN_GRU:
     "The network of a model, with the weights that it starts from, frozen as the recipe says. Raises as `load_start` does."
     recipe, spec = params.recipe(key), params.models[key]
     frozen = recipe.unfreeze_epoch > 0
     model = TemporalCNN_GRU(freeze_backbone=frozen and recipe.init == "random", backbone=spec.backbone,   # which warns
                             use_multiscale=spec.use_multiscale, use_attention=spec.use_attention, mask_head=recipe.mask_loss > 0)
     load_start(model, recipe.init)
+    if accelerator: model = synced_norms(model, accelerator)
     if frozen: model.freeze(recipe.trainable_blocks)
     if recipe.batch_norm == "fixed": model.fix_statistics()
+    if accelerator: tell_statistics(model, accelerator)
     model.image_size = spec.image_size
     return model
 
@@ -86,7 +94,7 @@ def make_loader(params: Params, key: str, store: ClipStore) -> DataLoader:
     sampler = BalancedSampler(clips.label, clips.method, params.seed)
     if recipe.self_blend: share_draws(sampler, clips.method, recipe.self_blend)
     batches = EpochBatches(sampler, steps, spec.batch_size)
-    workers = resolve_workers(recipe.workers, params.threads)
+    workers = share_of_workers(recipe.workers, params.threads)
     # a generator of its own: living workers draw from it once, and a resumed training would draw from the global one again
     return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
                       generator=torch.Generator().manual_seed(params.seed))
@@ -100,7 +108,7 @@ class Session:
     store: ClipStore
     accelerator: Accelerator
     bare: TemporalCNN_GRU   # the network itself
-    model: nn.Module        # the same, as accelerate prepared it
+    model: nn.Module        # the same, as accelerate prepared it; an epoch wraps it once more, see `joined`
     loader: DataLoader
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
@@ -109,14 +117,17 @@ class Session:
 # %% ../../nbs/5_train/20_setup.ipynb #162c682e
 def start_session(params: Params, key: str, store: ClipStore) -> Session:
     "Seed everything and prepare network, loader and optimiser of a model."
-    seed_everything(params.seed, params.threads)
+    seed_everything(params.seed, share_of_threads(params.threads))
     AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may train several models in one process
     spec, recipe = params.models[key], params.recipe(key)
-    mixed = "bf16" if resolve_precision(recipe.precision, default_device()) == "bf16" else "no"
-    accelerator = Accelerator(mixed_precision=mixed, gradient_accumulation_steps=spec.accumulation)
-    bare, loader = make_model(params, key), make_loader(params, key, store)
+    accelerator = make_accelerator(resolve_precision(recipe.precision, default_device()), spec.accumulation)
+    check_shares(accelerator.num_processes, key, spec.batch_size, int((store.clips.split == "val").sum()))
+    several = accelerator.num_processes > 1
+    bare, loader = make_model(params, key, accelerator if several else None), make_loader(params, key, store)
     if recipe.init == "random": whiten_stem(bare, first_frames(loader.dataset))
     if accelerator.device.type == "cpu": depthwise_in_fp32(bare)
+    if several: share_dropout(bare, accelerator.process_index, accelerator.num_processes)
     optimizer, scheduler = make_optimizer(bare, recipe, spec.learning_rate, math.ceil(len(loader) / spec.accumulation))
-    model, loader, optimizer, scheduler = accelerator.prepare(bare, loader, optimizer, scheduler)
+    model = accelerator.prepare_model(bare, evaluation_mode=True)   # device and precision, and not what joins processes
+    loader, optimizer, scheduler = accelerator.prepare(loader, optimizer, scheduler)
     return Session(params, key, store, accelerator, bare, model, loader, optimizer, scheduler, FocalLoss(recipe.focal_gamma))
