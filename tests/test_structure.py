@@ -14,7 +14,7 @@ from spotter.runtime import reached_files
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT/"spotter"
-ORDER = ["core", "runtime", "data", "synth", "model", "explain", "metrics", "train", "evaluate", "predict", "cli"]
+ORDER = ["core", "runtime", "executors", "data", "synth", "model", "explain", "metrics", "train", "evaluate", "predict", "cli"]
 PIPELINES = ["dvc.yaml", "results/dvc.yaml"]
 
 
