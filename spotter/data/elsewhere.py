@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STORES', 'open_place', 'prepare_there', 'listed', 'fetched']
 
-# %% ../../nbs/1_data/49_elsewhere.ipynb #499f5b48
+# %% ../../nbs/1_data/49_elsewhere.ipynb #245e003b
 import hashlib
 import json
 import platform
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from pathlib import Path
 from .shards import PACKAGES, Shard, prepare_shard, shard_key, whole_file
 from ..executors import WorkerError
 
-# %% ../../nbs/1_data/49_elsewhere.ipynb #8ff16c53
+# %% ../../nbs/1_data/49_elsewhere.ipynb #74d594c4
 def _check_worker(shard: Shard):
     "`WorkerError` on a machine that would make something else than what was planned."
     if shard_key(shard.rows, shard.root, shard.faces, shard.guides) == shard.key: return
@@ -27,7 +28,7 @@ def _check_worker(shard: Shard):
                   "that gave it the work; install the same, and let it see the same files")
     raise WorkerError(f"the worker on {platform.node()} {said}")
 
-# %% ../../nbs/1_data/49_elsewhere.ipynb #364e78a8
+# %% ../../nbs/1_data/49_elsewhere.ipynb #601e000e
 STORES = "s3", "gs", "abfs"   # protocols of object stores
 
 def open_place(
@@ -49,16 +50,21 @@ def _asked(place: str) -> Iterator[None]:
     except FileNotFoundError: raise
     except Exception as e: raise OSError(f"{place}: {type(e).__name__}: {e}") from e
 
-# %% ../../nbs/1_data/49_elsewhere.ipynb #1b9f9ab0
+# %% ../../nbs/1_data/49_elsewhere.ipynb #ac7e63be
+_ALONE = threading.Lock()   # OpenCV's networks, of which the face detector is one, fail when two threads of a process use them
+
 def prepare_there(
     shard: Shard,
     place: str | None = None,   # see `open_place`; None: the shard's own folder
 ) -> dict:  # see `prepare_shard`
-    "`prepare_shard` for the worker of a cluster. `WorkerError` where that is not set up as it has to be."
+    "`prepare_shard` for the worker of a cluster, one at a time in each process. `WorkerError` where that is not set up as it has to be."
     import cv2
     cv2.setNumThreads(1)   # as in `in_processes`
     _check_worker(shard)
-    if place is None: return prepare_shard(shard)
+    with _ALONE: return prepare_shard(shard) if place is None else _put(shard, place)
+
+def _put(shard: Shard, place: str) -> dict:
+    "Make a shard in a temporary folder, and put it into an object store."
     store, path = open_place(place)
     with tempfile.TemporaryDirectory() as folder:
         here = replace(shard, folder=Path(folder))
@@ -67,7 +73,7 @@ def prepare_there(
             for file in (here.tar, here.record): store.put_file(str(file), f"{path}/{file.name}")
     return record
 
-# %% ../../nbs/1_data/49_elsewhere.ipynb #49c8fae1
+# %% ../../nbs/1_data/49_elsewhere.ipynb #8e70b01a
 def listed(place: str) -> set[str]:
     "Names of the files in a place. `OSError` where that cannot be looked at, or has no such bucket."
     store, path = open_place(place)
