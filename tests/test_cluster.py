@@ -220,3 +220,14 @@ def test_without_dask_the_extra_is_named(monkeypatch):
     import sys
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ValueError, match="extra `cluster`"), cluster("tcp://head:8786"): pass
+
+
+# ---------------------------------------------------------------- estimates
+
+def test_hours_and_cost_follow_from_the_rate(monkeypatch):
+    "Half a clip a second of each core: 6,000 videos take a core 12,000 s, and the cost does not depend on the number of cores."
+    monkeypatch.syspath_prepend(Path(__file__).parents[1]/"benchmarks")
+    from cluster import estimate
+    table = estimate(rate=.5, cores=[1, 10], price=.06)
+    assert table.loc["FaceForensics++"].round(3).tolist() == [6000, 3.333, .333, .2]
+    assert estimate(rate=1, cores=[1], price=1, share=.5).loc["DFDC", "1 cores, h"] == 120_000/.5/3600
