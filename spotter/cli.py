@@ -171,7 +171,8 @@ def _results(detector, options, batch, workers, executor):
 
 # %% ../nbs/9_cli/00_cli.ipynb #2a4669ca
 _SCHEDULER = typer.Option(
-    metavar="ADDRESS", show_default=False, help="Dask scheduler whose workers do the work, such as tcp://head:8786. [default: this machine]")
+    metavar="ADDRESS", show_default=False,
+    help="Dask scheduler whose workers do the work, such as tcp://head:8786. [default: this machine]")
 
 def _executor(scheduler: str | None):
     "What closes the connection, and the workers of a scheduler; None without one. `ValueError` and `OSError` as `cluster`."
@@ -266,13 +267,15 @@ def _prepared(name: str | None, **how):
 @app.command()
 def prepare(
     name: Annotated[Optional[str], typer.Argument(
-        metavar="[NAME]", show_default=False, help="A corpus of evaluate.corpora in params.yaml. [default: the corpus of training]")] = None,
+        metavar="[NAME]", show_default=False,
+        help="A corpus of evaluate.corpora in params.yaml. [default: the corpus of training]")] = None,
     workers: Annotated[Optional[int], typer.Option(
         min=1, show_default=False, help="Processes of this machine. [default: as `threads` of params.yaml says]")] = None,
     scheduler: Annotated[Optional[str], _SCHEDULER] = None,
     shards: Annotated[Optional[str], typer.Option(
-        metavar="URL", show_default=False, help="Folder of an object store where shards are left and fetched from, such as s3://bucket/crops. "
-                                                "[default: .prepare beside the crops, which all workers must see]")] = None,
+        metavar="URL", show_default=False,
+        help="Folder of an object store where shards are left and fetched from, such as s3://bucket/crops. "
+             "[default: .prepare beside the crops, which all workers must see]")] = None,
 ):
     """Crop the faces of a corpus of params.yaml: the stage `prepare` of the pipeline, or `further`, on as many machines as there are.
     Killed at any time, the same command goes on. `dvc repro` then finds what was made, and does not make it again.

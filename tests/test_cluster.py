@@ -22,7 +22,7 @@ from spotter.predict.batch import DIED, Job, in_cluster
 from spotter.predict.lines import identity
 from test_batches import CLIP, SETTINGS, FakeDetector, files, weights   # noqa: F401, fixtures
 from test_data import corpus, digests, params, store   # noqa: F401, fixtures
-from whole_frame import slow_whole_frame, whole_frame
+from whole_frame import pause, slow_whole_frame, whole_frame
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def dask():
 @pytest.fixture(scope="module")
 def bucket():
     "A bucket of an S3 server on this machine, which processes that are started later know from their environment."
-    for name in ("moto.server", "s3fs"): pytest.importorskip(name, reason=f"{name} is not installed, which the test of object stores needs")
+    for name in ("moto.server", "s3fs"): pytest.importorskip(name, reason=f"{name}, which tests of object stores need, is not installed")
     from moto.server import ThreadedMotoServer
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -60,12 +60,6 @@ def work(folder): return folder.parent/".prepare"/folder.name
 
 
 # ---------------------------------------------------------------- processes of this machine
-
-def pause(number):
-    "Which process worked, for a while."
-    time.sleep(.3)
-    return os.getpid()
-
 
 def test_a_process_that_is_killed_costs_time():
     with Processes(2) as processes:
@@ -134,8 +128,9 @@ def test_dask_makes_the_same_shards(store, corpus, params, tmp_path, dask):
 
 @pytest.mark.slow
 def test_dask_leaves_the_same_shards_in_an_object_store(store, corpus, params, tmp_path, bucket):
-    from distributed import LocalCluster
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as there:   # after the server: they know it
+    pytest.importorskip("distributed", reason="Dask is in the extra `cluster`, which is not installed")
+    from distributed import LocalCluster   # a new one, whose workers know the server from their environment
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as there:
         with cluster(there.scheduler_address) as workers:
             prepare_corpus(params, tmp_path/"faces", root=corpus, executor=workers, place=f"{bucket}/dask")
     assert digests(tmp_path/"faces") == digests(store.folder) and len(listed(f"{bucket}/dask")) == 2*store.index["shard"].nunique()
@@ -183,7 +178,8 @@ def test_dask_says_what_one_process_says(weights, tmp_path, dask, monkeypatch):
         (tmp_path/"videos"/f"{name}.mp4").write_bytes(CLIP.with_stem(clip).read_bytes())
     (tmp_path/"videos"/"letter.mp4").write_text("Dear Sir")
     monkeypatch.chdir(tmp_path)   # the workers are elsewhere, and the name is relative
-    one, two = predicted(tmp_path, weights, "one", "videos"), predicted(tmp_path, weights, "two", "videos", scheduler=dask.scheduler_address)
+    one = predicted(tmp_path, weights, "one", "videos")
+    two = predicted(tmp_path, weights, "two", "videos", scheduler=dask.scheduler_address)
     assert one[0] == 3 and one == two
     table = pd.read_parquet(tmp_path/"two.parquet")
     assert len(table) == len(pd.read_csv(tmp_path/"two.csv")) and set(table.face) == {"", "face 1"}
@@ -197,7 +193,8 @@ def test_a_video_that_kills_its_workers_costs_itself(tmp_path, dask):
     jobs = [Job(path, identity(path)) for path in files(tmp_path, "a", "kill", "b")]
     with cluster(dask.scheduler_address) as workers:
         found = {job.video.name: record for job, record in in_cluster(workers, FakeDetector, jobs, SETTINGS)}
-    assert {name: r["verdict"] for name, r in found.items()} == dict(a="fake", kill="undetermined", b="fake") and found["kill"]["reason"] == DIED
+    assert {name: r["verdict"] for name, r in found.items()} == dict(a="fake", kill="undetermined", b="fake")
+    assert found["kill"]["reason"] == DIED
 
 
 @pytest.mark.slow

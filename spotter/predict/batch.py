@@ -146,7 +146,7 @@ def _judged_there(group: list[Job], make: Callable, settings: dict, folder: Path
         try:
             with chdir(folder):
                 for job in group:
-                    if identity(job.video) != job.file: raise WorkerError(f"it does not see {job.video} as it is; let it see the same files")
+                    if identity(job.video) != job.file: raise WorkerError(f"it does not see {job.video} as it is: let it see that")
                 return [judged(_detector_like(make, settings), job) for job in group]
         except (OSError, ValueError, WorkerError) as e: raise WorkerError(f"the worker on {platform.node()} cannot judge: {e}") from e
 
