@@ -50,6 +50,7 @@ lab: data  ## JupyterLab on the notebooks
 bench: data  ## speeds as ratios, measured side by side
 	$(RUN) dvc repro --quiet prepare
 	$(RUN) python benchmarks/preparing.py
+	$(RUN) python benchmarks/cluster.py
 	$(RUN) python benchmarks/loading.py
 	$(RUN) python benchmarks/training_step.py
 	env -u MALLOC_MMAP_MAX_ -u MALLOC_TRIM_THRESHOLD_ $(RUN) python benchmarks/heatmaps.py   # as in a user's notebook

@@ -89,11 +89,8 @@ def test_nothing_of_older_settings_or_forms_is_left(store, corpus, params, tmp_p
     assert not set(old) & set(work(tmp_path/"faces")) and len(old) == len(work(tmp_path/"faces"))
 
 
-def test_any_executor_can_run_the_shards(store, corpus, params, tmp_path, monkeypatch):
-    def in_threads(job, items, workers):
-        with ThreadPoolExecutor(workers) as pool: yield from pool.map(job, map(pickle.loads, map(pickle.dumps, items)))
-    monkeypatch.setattr(prepare, "in_processes", in_threads)
-    prepare_corpus(params, tmp_path/"faces", root=corpus, workers=3)
+def test_any_executor_can_run_the_shards(store, corpus, params, tmp_path):
+    with ThreadPoolExecutor(3) as pool: prepare_corpus(params, tmp_path/"faces", root=corpus, executor=pool)
     assert digests(tmp_path/"faces") == digests(store.folder)
 
 

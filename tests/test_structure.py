@@ -14,7 +14,7 @@ from spotter.runtime import reached_files
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT/"spotter"
-ORDER = ["core", "runtime", "data", "synth", "model", "explain", "metrics", "train", "evaluate", "predict", "cli"]
+ORDER = ["core", "runtime", "executors", "data", "synth", "model", "explain", "metrics", "train", "evaluate", "predict", "cli"]
 PIPELINES = ["dvc.yaml", "results/dvc.yaml"]
 
 
@@ -57,11 +57,11 @@ def test_no_modules_import_each_other_in_a_circle():
     list(graphlib.TopologicalSorter(graph).static_order())   # CycleError names the circle
 
 
-def test_core_and_runtime_import_neither_torch_nor_opencv_at_the_top():
-    for name in ("core", "runtime"):
+def test_the_core_imports_neither_torch_nor_opencv_nor_dask_at_the_top():
+    for name in ("core", "runtime", "executors"):
         top = [node for node in ast.parse((PACKAGE/f"{name}.py").read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = {alias.name for node in top for alias in node.names} | {getattr(node, "module", "") for node in top}
-        assert not names & {"torch", "cv2", "timm", "torchvision"}, (name, names)
+        assert not names & {"torch", "cv2", "timm", "torchvision", "distributed"}, (name, names)
 
 
 # ---------------------------------------------------------------- public names

@@ -1,4 +1,5 @@
-"Detectors for pictures without faces; in a module of their own, so that worker processes import them and nothing else of the tests."
+"Detectors for pictures without faces, and a pause, in a module of their own: worker processes import it and nothing else of the tests."
+import os
 import time
 
 import numpy as np
@@ -16,3 +17,9 @@ def slow_whole_frame(min_score):
         time.sleep(.02)
         return detect(frame)
     return slow
+
+
+def pause(number):
+    "Which process worked, for a while."
+    time.sleep(.3)
+    return os.getpid()

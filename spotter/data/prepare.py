@@ -8,6 +8,10 @@ __all__ = ['TABLES', 'prepare_corpus']
 # %% ../../nbs/1_data/50_prepare.ipynb #28aa5642
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +19,12 @@ import pandas as pd
 from ..core import Params, find_root
 from .corpora import index_corpus
 from .table import COLUMNS
+from .elsewhere import fetched, listed, prepare_there
 from .faces import DETECTORS, make_detector
 from .shards import Shard, cut_shards, finished, prepare_shard, shard_key
 from .store import ClipStore, shard_path
 from .which_face import guides
+from ..executors import Processes, completed, outcome
 from ..runtime import clear_unfinished, in_processes, progress, resolve_threads, whole_file
 
 # %% ../../nbs/1_data/50_prepare.ipynb #ccd640d0
@@ -45,17 +51,34 @@ def _plan(params: Params, rows: list[dict], root: Path, out: Path) -> list[Shard
     return shards
 
 # %% ../../nbs/1_data/50_prepare.ipynb #5b1f0c7a
-def _made(shards: list[Shard], workers: int) -> list[dict]:
+def _records(todo: list[Shard], workers: int, executor: Executor | None, place: str | None) -> Iterator[tuple[Shard, dict]]:
+    "Shards with their records as they are made: by the executor, by processes of this machine, or by this process."
+    job = prepare_shard if executor is None and place is None else partial(prepare_there, place=place)
+    if executor is None and workers < 2: return (yield from zip(todo, in_processes(job, todo, workers)))
+    import cv2
+    with nullcontext(executor) if executor else Processes(workers, cv2.setNumThreads, (1,)) as pool:
+        with closing(completed(pool, job, todo)) as done:
+            for shard, future in done: yield shard, outcome(future, ", ".join(row["path"] for row in shard.rows))
+
+def _here(shard: Shard, there: set[str], place: str | None) -> dict | None:
+    "The record of a shard that an earlier run made, here or in the place, where the names `there` are."
+    return finished(shard) or (fetched(shard, place) if shard.record.name in there else None)
+
+def _made(shards: list[Shard], workers: int, executor: Executor | None, place: str | None) -> list[dict]:
     "Records of the shards; those that are not finished are made, the largest first, so that no process is left with one at the end."
-    bar, records = progress(total=sum(len(shard.rows) for shard in shards), desc="faces"), {}
+    bar, records, there = progress(total=sum(len(shard.rows) for shard in shards), desc="faces"), {}, listed(place) if place else set()
     def note(shard, record): records[shard.key] = record; bar.update(len(shard.rows))
     for shard in shards:
-        if record := finished(shard): note(shard, record)
+        if record := _here(shard, there, place): note(shard, record)
     todo = sorted((s for s in shards if s.key not in records), key=lambda shard: -len(shard.rows))
-    for shard, record in zip(todo, in_processes(prepare_shard, todo, workers)): note(shard, record)
+    with closing(_records(todo, workers, executor, place)) as made:
+        for shard, record in made:
+            if place and fetched(shard, place) is None: raise OSError(f"{place}: {shard.tar.name} is not as it has just been written")
+            note(shard, record)
     bar.close()
     return [records[shard.key] for shard in shards]
 
+# %% ../../nbs/1_data/50_prepare.ipynb #2a0d9df2
 def _place(tar: Path, target: Path):
     "Give a shard its name in the store as well, or only there where the file system has no hard links."
     try: os.link(tar, target)
@@ -85,16 +108,18 @@ def prepare_corpus(
     root: str | Path | None = None,   # folder of the corpus; by default `params.data.root` below the project
     workers: int | None = None,       # processes; fewer than 2: this one; by default as many as `params.threads` says
     index: pd.DataFrame | None = None,  # rows of `index_dataset` that are wanted; by default those of `index_corpus`
+    executor: Executor | None = None,   # who makes the shards, see `spotter.executors`; by default `workers` processes of this machine
+    place: str | None = None,           # URL in an object store where they are left, see `open_place`; by default that folder
 ) -> ClipStore:
     """Crop the faces of all clips of a corpus and store them. What an earlier run finished is not done again.
     Raises `CorpusError` for a corpus that is not one, `ValueError` for an unknown detector or when no clip is left,
-    and `OSError` for a full disk."""
+    `OSError` for a full disk or a store that cannot be used, `WorkerError` when workers die or see something else than this machine."""
     root, out = Path(root or find_root()/params.data.root).resolve(), Path(out).absolute()
     make_detector(params.faces.detector, params.faces.min_score)  # an unknown name is refused here, not in the processes
     rows = (index_corpus(params.data, root) if index is None else index).to_dict("records")
     _clear(out)
     shards = _plan(params, rows, root, out)
-    records = _made(shards, resolve_threads(params.threads) if workers is None else workers)
+    records = _made(shards, resolve_threads(params.threads) if workers is None else workers, executor, place)
     if not any(record["crops"] for record in records):
         first = f"{rows[0]['clip_id']}: {records[0]['clips'][0]['reason']}"
         raise ValueError(f"{root}: none of {len(rows)} clips gave crops; the first reason: {first}")
