@@ -160,15 +160,15 @@ def _plan(videos, settings, json_out, csv_out, report, diagnostic, resume):
     if parts and not resume: clear(parts); parts.mkdir(exist_ok=True)
     return open_batch(jobs, settings, lines, resume, _tell) if json_out else Batch(jobs, settings)
 
-def _results(detector, options, batch, workers):
-    "Records of what is left, by this process or by several."
+def _results(detector, options, batch, workers, fence):
+    "Records of what is left, by this process or by several; with a fence never by this one."
     from functools import partial
     from spotter.predict.batch import in_turn, in_workers
     from spotter.predict.detector import Detector
     todo = batch.left
-    if (workers := min(workers, len(todo))) < 2: return in_turn(detector, todo)
+    if (workers := min(workers, len(todo))) < 2 and not fence: return in_turn(detector, todo)
     make = partial(Detector, detector.settings["checkpoint"], detector.settings["device"], *options)
-    return in_workers(make, todo, workers, batch.settings)
+    return in_workers(make, todo, workers, batch.settings, fence)
 
 # %% ../nbs/9_cli/00_cli.ipynb #bf44936d
 @app.command()
@@ -192,6 +192,9 @@ def predict(
                          "matters for verdicts or one of its wanted pictures is not that of its line.")] = False,
     workers: Annotated[int, typer.Option(
         min=1, help="Videos that are judged at a time, each in a process with a network of its own.")] = 1,
+    sandbox: Annotated[bool, typer.Option(
+        "--sandbox", help="For files of strangers: judge in processes of their own, which get 4 GiB of memory beyond the network's, and "
+                          "10 minutes and twice the budget for a video. One that crashes, hangs or wants more costs its own verdict.")] = False,
     threshold: Annotated[Optional[float], typer.Option(
         help="From this p_fake on (0 to 1) a face is fake. [default: that of the network]", show_default=False)] = None,
     unsure: Annotated[Optional[str], typer.Option(
@@ -222,8 +225,9 @@ def predict(
         _tell(str(e))
         raise typer.Exit(2)
     from spotter.predict.batch import Terminable, clear
+    from spotter.predict.sandbox import fence_for
     with Terminable() as stop:
-        batch.run(_results(detector, options, batch, workers), stop, _tell)
+        batch.run(_results(detector, options, batch, workers, fence_for(budget) if sandbox else None), stop, _tell)
         written = _write(batch, json_out, csv_out, report)
     if report and (written and not batch.left or not json_out): clear(batch.jobs[0].section.parent)   # else --resume needs the sections
     if batch.left: raise typer.Exit(stop.code)

@@ -13,12 +13,13 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -27,6 +28,7 @@ from .detector import Analysis
 from .inputs import numbered_name
 from .lines import Lines, identity, open_lines, whole
 from .outputs import brief, record
+from .sandbox import GIB, Fence, fenced
 from .written import encoded
 from ..runtime import progress, resolve_threads
 
@@ -52,6 +54,8 @@ def plan_jobs(
             for n, (video, file) in enumerate(zip(videos, files), 1)]
 
 # %% ../../nbs/7_predict/45_batch.ipynb #6c61877b
+_OWN = {}   # of a process of `in_workers`: its detector, and a text on the memory that a video may take
+
 def _noted(analysis: Analysis, what: str, e: Exception) -> Analysis:
     "An analysis with a note on what it lacks."
     return replace(analysis, note="; ".join(filter(None, (analysis.note, f"{what}, {type(e).__name__}: {e}"))))
@@ -59,6 +63,7 @@ def _noted(analysis: Analysis, what: str, e: Exception) -> Analysis:
 def _look(detector, job: Job) -> Analysis:
     "The analysis of a video, and its annotated video if there is to be one."
     try: analysis = detector.analyze(job.video, heatmaps=bool(job.section or job.shown))
+    except MemoryError: return Analysis(str(job.video), "undetermined", f"memory was short{_OWN.get('most', '')}", settings=detector.settings)
     except Exception as e:
         return Analysis(str(job.video), "undetermined", f"unexpected {type(e).__name__}: {e}", settings=detector.settings)
     try:
@@ -88,57 +93,85 @@ def in_turn(detector, jobs: Iterable[Job]) -> Iterator[tuple[Job, dict]]:
     for job in jobs: yield job, judged(detector, job)
 
 # %% ../../nbs/7_predict/45_batch.ipynb #fcad30c3
-_OWN = {}   # of a process of `in_workers`: its detector
-
-def _start(make: Callable, threads: int, leash):
+def _start(make: Callable, threads: int, leash, fence: Fence | None):
     "Prepare a process. It ends with the one that started it, even if that was killed: the other end of the leash is closed then."
     import cv2, torch
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches all processes of a terminal; the first one decides
     def end(): leash.poll(None); os._exit(1)
     threading.Thread(target=end, daemon=True).start()
     torch.set_num_threads(threads); cv2.setNumThreads(threads)
-    _OWN["detector"] = cache(make)   # made by the first job, so that an error has a video to be told with
+    if fence: _OWN["most"] = f": a video may take {fence.memory/GIB:g} GiB"
+    _OWN["detector"] = cache(partial(fenced, make, fence, threads) if fence else make)   # made by the first job, so that an error has a video to be told with
 
 def _work(job: Job) -> dict:
     "The record of a video, in a process of `in_workers`."
     return judged(_OWN["detector"](), job)
 
-def _outcome(future, job: Job, settings: dict) -> dict:
+class _Worker:
+    "A process, and the clock of the video that it judges."
+    def __init__(self, pool: ProcessPoolExecutor):
+        self.pool, self.ready, self.late = pool, pool.submit(os.getpid), 0.   # seconds after which it was killed
+        self.process, = pool._processes.values()   # before Python 3.14 no public name can kill it
+
+    def take(self, job: Job) -> Future:
+        self.since = None
+        return self.pool.submit(_work, job)
+
+    def stop_after(self, seconds: float):
+        "Kill the process when its video takes longer. To start and to import is no fault of the video."
+        if self.since is None and self.ready.done(): self.since = time.monotonic()
+        if self.since is not None and time.monotonic() - self.since > seconds: self.late = seconds; self.process.kill()
+
+    def end(self) -> str:
+        "Why the process ended that was judging a video."
+        self.pool.shutdown()   # it waits for the process, whose exit code is known then
+        if self.late: return f"it took longer than {self.late:g} seconds, after which it was stopped"
+        code = self.process.exitcode
+        how = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+        return f"the process that judged it died ({how}): memory was short, or a decoder crashed"
+
+def _outcome(future: Future, worker: _Worker, job: Job, settings: dict) -> dict:
     "The record of a job that has ended, one way or another."
     try: return future.result()
-    except BrokenProcessPool: reason = "the process that judged it died: memory was short, or a decoder crashed"
+    except BrokenProcessPool: reason = worker.end()
     except Exception as e: reason = f"unexpected {type(e).__name__}: {e}"
     return kept(Analysis(str(job.video), "undetermined", reason, settings=settings), job)
 
 # %% ../../nbs/7_predict/45_batch.ipynb #bba6469e
+_LOOK = .5   # seconds between looks at the clock
+
 def in_workers(
     make: Callable,         # a detector; what `pickle` can send to a new interpreter
     jobs: Iterable[Job],
     workers: int,           # processes
     settings: dict,         # of the detector
+    fence: Fence | None = None,   # what a video may take; no limits by default
 ) -> Iterator[tuple[Job, dict]]:
     "Jobs with their records as they come. Closing the iterator ends the processes in the middle of their videos."
-    context, ahead, running, pools = multiprocessing.get_context("spawn"), iter(jobs), {}, []   # forking a process that runs threads can hang
+    context, ahead, running, made = multiprocessing.get_context("spawn"), iter(jobs), {}, []   # forking a process that runs threads can hang
     leash, hand = context.Pipe(duplex=False)
     def fresh():
-        pools.append(ProcessPoolExecutor(1, context, _start, (make, max(1, resolve_threads()//workers), leash)))
-        return pools[-1]
-    def give(pool):
-        if (job := next(ahead, None)) is None: return pool.shutdown()
-        try: running[pool.submit(_work, job)] = pool, job
+        made.append(_Worker(ProcessPoolExecutor(1, context, _start, (make, max(1, resolve_threads()//workers), leash, fence))))
+        return made[-1]
+    def give(worker):
+        if (job := next(ahead, None)) is None: return worker.pool.shutdown()
+        try: future = worker.take(job)
         except BrokenProcessPool:   # it died between two videos
-            pool = fresh(); running[pool.submit(_work, job)] = pool, job
+            worker = fresh(); future = worker.take(job)
+        running[future] = worker, job
     try:
         for _ in range(workers): give(fresh())
         while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                pool, job = running.pop(future)
-                yield job, _outcome(future, job, settings)
-                if isinstance(future.exception(), BrokenProcessPool): pool = fresh()
-                give(pool)
+            for future in wait(running, fence and _LOOK, FIRST_COMPLETED).done:
+                worker, job = running.pop(future)
+                yield job, _outcome(future, worker, job, settings)
+                if worker.late or isinstance(future.exception(), BrokenProcessPool): worker = fresh()
+                give(worker)
+            for worker, _ in running.values() if fence else (): worker.stop_after(fence.seconds)
     finally:
         hand.close()
-        for pool in pools: pool.shutdown(cancel_futures=True)   # also that of the job just told: its process has ended when this returns
+        for worker, _ in running.values(): worker.process.kill()   # a decoder that hangs would not let the leash's end be seen
+        for pool in (worker.pool for worker in made): pool.shutdown(cancel_futures=True)   # also that of the job just told: its process has ended when this returns
 
 # %% ../../nbs/7_predict/45_batch.ipynb #741a480b
 class Terminable:
