@@ -15,6 +15,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .data.names import in_lines, printable
 from .predict.inputs import fetch_missing, find_videos
 from .predict.times import read_span
 from .predict.verdict import read_bounds
@@ -50,7 +51,7 @@ def synth(
         if check: agrees = _check(root, identities, seed, workers)
         else: agrees = _make(root, pairs, frames, fps, size, samples, strength, seed, workers)
     except ValueError as e:
-        typer.echo(f"spotter synth: {e}", err=True)
+        typer.echo(in_lines(f"spotter synth: {e}"), err=True)
         raise typer.Exit(2)
     if not agrees: raise typer.Exit(1)
 
@@ -86,11 +87,11 @@ def _detector(checkpoint, device, precision, *how):
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
     detector = Detector(checkpoint, device, precision, *how)
-    typer.echo(f"judging with {detector.settings['checkpoint']}", err=True)
+    typer.echo(printable(f"judging with {detector.settings['checkpoint']}"), err=True)
     for what in ("missing", "ignored"):
         if not (names := detector.settings[what]): continue
         shown = ", ".join(names[:3]) + " …"*(len(names) > 3)
-        typer.echo(f"{detector.settings['checkpoint']}: {len(names)} tensors are {what}: {shown}", err=True)
+        typer.echo(printable(f"{detector.settings['checkpoint']}: {len(names)} tensors are {what}: {shown}"), err=True)
     return detector
 
 # %% ../nbs/9_cli/00_cli.ipynb #bb0dab63
@@ -126,7 +127,6 @@ def _parts_of(report: Path | None) -> Path | None:
 # %% ../nbs/9_cli/00_cli.ipynb #c0b3ada0
 def _tell(text: str):
     "A line on standard error, in whatever encoding that has."
-    from spotter.predict.outputs import printable
     typer.echo(f"spotter predict: {printable(text)}", err=True)
 
 def _write(batch, json_out, csv_out, report) -> bool:
@@ -193,8 +193,8 @@ def predict(
     workers: Annotated[int, typer.Option(
         min=1, help="Videos that are judged at a time, each in a process with a network of its own.")] = 1,
     sandbox: Annotated[bool, typer.Option(
-        "--sandbox", help="For files of strangers: judge in processes of their own, which get 4 GiB of memory beyond the network's, and "
-                          "10 minutes and twice the budget for a video. One that crashes, hangs or wants more costs its own verdict.")] = False,
+        "--sandbox", help="For files of strangers: judge in processes of their own, which get 4 GiB of memory beyond the network's "
+                          "and, for a video, 10 minutes and twice the budget. One that crashes, hangs or wants more has no verdict.")] = False,
     threshold: Annotated[Optional[float], typer.Option(
         help="From this p_fake on (0 to 1) a face is fake. [default: that of the network]", show_default=False)] = None,
     unsure: Annotated[Optional[str], typer.Option(
@@ -250,7 +250,7 @@ def export(
         _make_room([out], [checkpoint])
         apart = export_onnx(model, out)
     except (ValueError, OSError, RuntimeError) as e:
-        typer.echo(f"spotter export: {e}", err=True)
+        typer.echo(in_lines(f"spotter export: {e}"), err=True)
         raise typer.Exit(2)
     typer.echo(f"{out}: logits differ from PyTorch's by {apart:.1e} at most")
 
@@ -278,7 +278,7 @@ def verify(
         if record: written = reproduction.record_reference(root, params)
         verdict, text = ("", f"written: {written}") if written else reproduction.verify(root, params)
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter verify: {e}", err=True)
+        typer.echo(in_lines(f"spotter verify: {e}"), err=True)
         raise typer.Exit(2)
     typer.echo(text)
     raise typer.Exit(EXIT_CODES.get(verdict, 0) if fail else 0)
@@ -298,7 +298,7 @@ def _tell_metrics(name: str, metrics: dict, json_out: Path | None, csv_out: Path
     "Write what is wanted and print the table. Exit code 3 when clips are without a verdict."
     from spotter.evaluate.leaderboard import in_text, leaderboard_row, write_leaderboard
     from spotter.evaluate.tables import write_json
-    typer.echo(in_text(name, metrics))
+    typer.echo(in_lines(in_text(name, metrics)))
     if json_out: write_json(json_out, dict(detector=name) | metrics)
     if csv_out: write_leaderboard(leaderboard_row(name, metrics), csv_out)
     if metrics["no_verdict"]: raise typer.Exit(3)
@@ -327,7 +327,7 @@ def benchmark(
         _make_room([p for p in (json_out, csv_out) if p], [detector])
         _tell_metrics(detector.stem, benchmarks.benchmark(detector, corpus, root, params, out, faces), json_out, csv_out)
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter benchmark: {e}", err=True)
+        typer.echo(in_lines(f"spotter benchmark: {e}"), err=True)
         raise typer.Exit(2)
     except KeyboardInterrupt:
         typer.echo(f"spotter benchmark: stopped; the same command goes on with what is in {out}", err=True)
@@ -352,7 +352,7 @@ def score(
         _make_room([p for p in (json_out, csv_out) if p], [predictions])
         _tell_metrics(predictions.stem, result_metrics(predictions, corpus, root, params, heatmaps, faces), json_out, csv_out)
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter score: {e}", err=True)
+        typer.echo(in_lines(f"spotter score: {e}"), err=True)
         raise typer.Exit(2)
 
 # %% ../nbs/9_cli/00_cli.ipynb #a0d17c02
@@ -398,12 +398,12 @@ def audit(
         found = audit_corpus(**_audited(root, layout, compression))
         if json_out: write_json(json_out, audit_record(found))
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter audit: {e}", err=True)
+        typer.echo(in_lines(f"spotter audit: {e}"), err=True)
         raise typer.Exit(2)
     except KeyboardInterrupt:
         typer.echo("spotter audit: stopped", err=True)
         raise typer.Exit(130)
-    typer.echo(audit_text(found))
+    typer.echo(in_lines(audit_text(found)))
     if strict and found.findings: raise typer.Exit(1)
 
 # %% ../nbs/9_cli/00_cli.ipynb #7489f4ab

@@ -9,11 +9,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 import typer
 from test_batches import CLIP, FakeDetector, SETTINGS, files
 
 from spotter import cli
-from spotter.data.video import VideoError, iter_frames, probe, video_index
+from spotter.data.corpora import index_dataset
+from spotter.data.names import CorpusError
+from spotter.data.video import DamageWarning, VideoError, iter_frames, probe, video_index
+from spotter.model.pickles import read_tensors
 from spotter.predict.batch import Job, in_workers
 from spotter.predict.detector import Detector
 from spotter.predict.limits import Limits
@@ -44,7 +48,7 @@ def film(tmp_path_factory):
     ("streams", 1, "2 streams, and at most 1 are allowed"), ("frames", 9, "more than 9 frames")])
 def test_a_video_above_a_limit_is_undetermined_before_anything_is_decoded(detector, film, monkeypatch, limit, value, reason):
     def decoded(*_, **__): raise AssertionError("decoded")
-    for name in ("find_shots", "iter_frames", "count_decodable"): monkeypatch.setattr(f"spotter.predict.detector.{name}", decoded, raising=False)
+    for name in ("find_shots", "iter_frames", "count_decodable"): monkeypatch.setattr(f"spotter.predict.detector.{name}", decoded)
     monkeypatch.setattr(detector, "limits", Limits(**{limit: value}))
     found = detector.analyze(film)
     assert (found.verdict, found.reason) == ("undetermined", reason)
@@ -69,7 +73,10 @@ def test_frames_that_grow_are_not_decoded(tmp_path, monkeypatch):
     with pytest.warns(match="damaged"): assert sides() == {64}
 
 
-@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile film.mp4\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfilm.mp4\n#EXT-X-ENDLIST\n"])
+LISTS = "ffconcat version 1.0\nfile film.mp4\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfilm.mp4\n#EXT-X-ENDLIST\n"
+
+
+@pytest.mark.parametrize("text", LISTS)
 @pytest.mark.parametrize("name", ["list.mp4", "list.m3u8", "list.ffconcat"])
 def test_a_list_of_other_files_is_no_video(tmp_path, text, name):
     "Or a stranger would get a verdict on a film that lies beside it."
@@ -126,3 +133,124 @@ def test_the_command_judges_in_a_sandbox(detector, tmp_path, capsys):
 
 def test_the_fence_follows_the_budget():
     assert fence_for(30).seconds == 660 and fence_for().seconds == 600 + 2*12*360
+
+
+# ---------------------------------------------------------------- paths
+
+def corpus(root, text, *names):
+    for name in names: (root/name).parent.mkdir(parents=True, exist_ok=True); (root/name).touch()
+    (root/"manifest.csv").write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("column", ["path", "mask"])
+@pytest.mark.parametrize("name", ["../private/b.mp4", "/etc/passwd", r"..\private\b.mp4", "x/../../private/b.mp4", "link/b.mp4", "own.mp4"])
+def test_a_manifest_names_nothing_outside_of_its_folder(tmp_path, column, name):
+    row = dict(path="x/a.mp4", mask="", label="fake") | {column: name}
+    text = "path,mask,label\n" + ",".join(row[c] for c in ("path", "mask", "label")) + "\n"
+    (tmp_path/"private").mkdir(); (tmp_path/"private"/"b.mp4").touch()
+    root = corpus(tmp_path/"corpus", text, "x/a.mp4")
+    (root/"link").symlink_to(tmp_path/"private"); (root/"own.mp4").symlink_to(tmp_path/"private"/"b.mp4")
+    with pytest.raises(CorpusError, match=f"line 2: the {column} leads out of the folder"): index_dataset(root, "manifest")
+
+
+@pytest.mark.parametrize("name", ["../x.mp4", "/x.mp4", "a/link/x.mp4"])
+def test_the_list_of_the_preview_names_nothing_outside(tmp_path, name):
+    (tmp_path/"out").mkdir(); (tmp_path/"out"/"x.mp4").touch(); (tmp_path/"x.mp4").touch()
+    root = tmp_path/"corpus"; (root/"a").mkdir(parents=True); (root/"a"/"link").symlink_to(tmp_path/"out")
+    (root/"dataset.json").write_text(json.dumps({name: dict(label="fake", set="test", target="1")}))
+    with pytest.raises(CorpusError, match="leads out of the folder"): index_dataset(root, "dfdc_preview")
+
+
+def test_no_layout_gives_a_clip_a_name_that_climbs(tmp_path, monkeypatch):
+    "Shards and heatmaps are written under these names."
+    from spotter.data import corpora
+    from spotter.data.table import COLUMNS, Layout
+    row = dict.fromkeys(COLUMNS, "") | dict(clip_id="../../a", path="a.mp4", label=0)
+    monkeypatch.setitem(corpora.LAYOUTS, "folders", Layout(lambda *_: ([row], []), (), "a toy"))
+    with pytest.raises(CorpusError, match="not below the folder of the corpus"): index_dataset(tmp_path, "folders")
+
+
+def test_heatmaps_that_lie_elsewhere_are_refused(tmp_path):
+    from spotter.evaluate.foreign_maps import map_file
+    (tmp_path/"maps").mkdir(); (tmp_path/"a.npz").touch(); (tmp_path/"maps"/"a.npz").symlink_to(tmp_path/"a.npz")
+    with pytest.raises(ValueError, match="leads out of the folder of the heatmaps"): map_file(tmp_path/"maps", "a")
+
+
+def test_a_member_of_a_checkpoint_writes_no_file(tmp_path, monkeypatch):
+    "A checkpoint of torch.save is a zip; its members are read by name and never unpacked."
+    import zipfile
+    path = tmp_path/"in"/"net.pt"; path.parent.mkdir(); monkeypatch.chdir(path.parent)
+    torch.save(dict(a=torch.zeros(2)), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../out.txt", str(tmp_path/"out.txt"), "net/../../out.txt"): archive.writestr(name, "planted")
+    try: read_tensors(path)
+    except ValueError as e: assert str(path) in str(e)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["in", "in/net.pt"]
+
+
+# ---------------------------------------------------------------- names
+
+NAME = "<img src=x onerror=alert(1)>\x1b[2J\n\u202e4pm.exe.mp4"
+SEEN = r"\x1b[2J\n\u202e4pm.exe.mp4"   # after the tag
+
+
+def test_a_name_cannot_steer_page_or_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_detector", lambda *_: FakeDetector()); monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path/NAME).write_bytes(b"x")
+    cli.predict([str(tmp_path/NAME)], csv_out=tmp_path/"out.csv", report=tmp_path/"out.html")
+    page, said = (tmp_path/"out.html").read_text(), capsys.readouterr()
+    assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;" + SEEN) >= 2
+    for text in (page, said.out, said.err): assert "\x1b" not in text and "\u202e" not in text
+    assert SEEN in said.out
+
+
+def test_a_name_cannot_steer_warnings_and_errors(tmp_path):
+    data = CLIP.read_bytes()
+    (tmp_path/NAME).write_bytes(data[:len(data)//2])
+    with pytest.warns(DamageWarning) as warned: list(iter_frames(tmp_path/NAME))
+    assert SEEN in str(warned[0].message) and not set("\x1b\n\u202e") & set(str(warned[0].message))
+    for folder in ("real", "fake"): (tmp_path/"c"/folder).mkdir(parents=True); (tmp_path/"c"/folder/NAME).touch()
+    with pytest.warns() as warned: notes = index_dataset(tmp_path/"c", "folders", splits="judged").attrs["notes"]
+    assert not any(set("\x1b\n\u202e") & set(text) for text in [*notes, *(str(w.message) for w in warned)])
+    for folder in ("original_sequences/youtube/c23/videos", "splits"): (tmp_path/"f"/folder).mkdir(parents=True)
+    (tmp_path/"f"/"splits"/"train.json").touch(); (tmp_path/"f"/"original_sequences/youtube/c23/videos"/NAME).touch()
+    with pytest.raises(CorpusError) as refused: index_dataset(tmp_path/"f", "ffpp")
+    assert SEEN in str(refused.value) and "\x1b" not in str(refused.value)
+
+
+def test_errors_of_commands_are_escaped(tmp_path, capsys):
+    with pytest.raises(typer.Exit): cli.audit(tmp_path/NAME, layout="ffpp")
+    said = capsys.readouterr().err
+    assert r"\x1b[2J" in said and "\x1b" not in said and "\u202e" not in said
+
+
+# ---------------------------------------------------------------- nothing is run
+
+def forbidden(tree: ast.AST) -> list[str]:
+    "Calls that run what is in a file or a text."
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, given = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+        last = name.split(".")[-1]
+        if last in ("exec", "execfile", "popen", "system", "getoutput", "getstatusoutput", "read_pickle", "Unpickler", "extractall") \
+                or name in ("eval", "compile", "__import__", "yaml.load", "joblib.load", "marshal.loads", "marshal.load", "cloudpickle.load") \
+                or re.fullmatch(r"(c?[pP]ickle|dill|shelve)\.(loads?|open)", name): found.append(name)
+        if name == "torch.load" and given.get("weights_only") != "True": found.append(name)
+        if last == "load" and given.get("allow_pickle") == "True" or given.get("shell") not in (None, "False"): found.append(name)
+    names = {a.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    modules = {getattr(node, "module", None) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    harmless = {"UnpicklingError"}   # an error to catch
+    return found + sorted(names & {"pickle", "dill", "marshal", "shelve", "subprocess"}) + [
+        m for m in modules & {"pickle", "dill", "marshal", "subprocess", "os.system"} if m and not names & harmless]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"spotter").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_package_runs_no_pickle_no_text_and_no_shell(path):
+    assert forbidden(ast.parse(path.read_text())) == []
+
+
+@pytest.mark.parametrize("code", ["pickle.load(f)", "torch.load(f)", "torch.load(f, weights_only=False)", "eval('1')", "exec('1')", "os.system('ls')",
+                                  "run('ls', shell=True)", "np.load(f, allow_pickle=True)", "yaml.load(f)", "import pickle", "tar.extractall()",
+                                  "from pickle import loads", "pd.read_pickle(f)", "import subprocess"])
+def test_the_rule_would_notice(code): assert forbidden(ast.parse(code))

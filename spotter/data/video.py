@@ -24,6 +24,7 @@ from .clock import Clock
 from .colour import colour_note, to_sdr
 from .fields import deinterlace
 from .index import SINGLE, Packets, VideoIndex, index_packets
+from .names import printable
 from .stills import BROKEN, frames_in, open_still, still_frames
 
 # %% ../../nbs/1_data/10_video.ipynb #2de10bf6
@@ -38,7 +39,7 @@ def until_damage(items: Iterator, path: str | Path) -> Iterator:
     try: yield from items
     except MemoryError: raise   # FFmpeg's is one of both kinds, and no damage
     except av.error.FFmpegError as e:
-        warnings.warn(f"{path}: damaged or cut off, read up to there ({e.strerror})", DamageWarning, stacklevel=2)
+        warnings.warn(f"{printable(str(path))}: damaged or cut off, read up to there ({e.strerror})", DamageWarning, stacklevel=2)
 
 # %% ../../nbs/1_data/10_video.ipynb #8faaa9a0
 class VideoError(ValueError):
@@ -200,7 +201,7 @@ def _still_items(path: Path, image) -> Iterator[tuple[int, float, np.ndarray, fl
         for i, (time, frame, shown) in enumerate(still_frames(image)): yield i, time, frame, shown
     except BROKEN as e:
         if i < 0: raise VideoError(f"{path}: a picture that cannot be read ({e})") from e
-        warnings.warn(f"{path}: damaged or cut off, read up to there ({e})", DamageWarning, stacklevel=2)
+        warnings.warn(printable(f"{path}: damaged or cut off, read up to there ({e})"), DamageWarning, stacklevel=2)
 
 # %% ../../nbs/1_data/10_video.ipynb #23470154
 def video_index(

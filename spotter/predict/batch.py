@@ -63,9 +63,9 @@ def _noted(analysis: Analysis, what: str, e: Exception) -> Analysis:
 def _look(detector, job: Job) -> Analysis:
     "The analysis of a video, and its annotated video if there is to be one."
     try: analysis = detector.analyze(job.video, heatmaps=bool(job.section or job.shown))
-    except MemoryError: return Analysis(str(job.video), "undetermined", f"memory was short{_OWN.get('most', '')}", settings=detector.settings)
     except Exception as e:
-        return Analysis(str(job.video), "undetermined", f"unexpected {type(e).__name__}: {e}", settings=detector.settings)
+        reason = f"memory was short{_OWN.get('most', '')}" if isinstance(e, MemoryError) else f"unexpected {type(e).__name__}: {e}"
+        return Analysis(str(job.video), "undetermined", reason, settings=detector.settings)
     try:
         if job.shown: detector.diagnostic_video(job.video, job.shown, analysis)
     except Exception as e: return _noted(analysis, "no diagnostic video", e)
@@ -101,7 +101,8 @@ def _start(make: Callable, threads: int, leash, fence: Fence | None):
     threading.Thread(target=end, daemon=True).start()
     torch.set_num_threads(threads); cv2.setNumThreads(threads)
     if fence: _OWN["most"] = f": a video may take {fence.memory/GIB:g} GiB"
-    _OWN["detector"] = cache(partial(fenced, make, fence, threads) if fence else make)   # made by the first job, so that an error has a video to be told with
+    make = partial(fenced, make, fence, threads) if fence else make
+    _OWN["detector"] = cache(make)   # made by the first job, so that an error has a video to be told with
 
 def _work(job: Job) -> dict:
     "The record of a video, in a process of `in_workers`."
@@ -148,7 +149,8 @@ def in_workers(
     fence: Fence | None = None,   # what a video may take; no limits by default
 ) -> Iterator[tuple[Job, dict]]:
     "Jobs with their records as they come. Closing the iterator ends the processes in the middle of their videos."
-    context, ahead, running, made = multiprocessing.get_context("spawn"), iter(jobs), {}, []   # forking a process that runs threads can hang
+    context = multiprocessing.get_context("spawn")   # forking a process that runs threads can hang
+    ahead, running, made = iter(jobs), {}, []
     leash, hand = context.Pipe(duplex=False)
     def fresh():
         made.append(_Worker(ProcessPoolExecutor(1, context, _start, (make, max(1, resolve_threads()//workers), leash, fence))))
@@ -171,7 +173,7 @@ def in_workers(
     finally:
         hand.close()
         for worker, _ in running.values(): worker.process.kill()   # a decoder that hangs would not let the leash's end be seen
-        for pool in (worker.pool for worker in made): pool.shutdown(cancel_futures=True)   # also that of the job just told: its process has ended when this returns
+        for worker in made: worker.pool.shutdown(cancel_futures=True)   # also that of the job just told: its process has ended then
 
 # %% ../../nbs/7_predict/45_batch.ipynb #741a480b
 class Terminable:
