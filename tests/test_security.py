@@ -3,7 +3,10 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -254,3 +257,23 @@ def test_the_package_runs_no_pickle_no_text_and_no_shell(path):
                                   "run('ls', shell=True)", "np.load(f, allow_pickle=True)", "yaml.load(f)", "import pickle", "tar.extractall()",
                                   "from pickle import loads", "pd.read_pickle(f)", "import subprocess"])
 def test_the_rule_would_notice(code): assert forbidden(ast.parse(code))
+
+
+# ---------------------------------------------------------------- what is installed
+
+def test_the_bill_of_materials_is_cyclonedx(tmp_path):
+    "Made as `make sbom` makes it: from uv.lock alone."
+    uv = shutil.which("uv") or next(iter(ROOT.glob(".uv/bin/uv")), None)
+    if uv is None: pytest.skip("no uv on the PATH or in .uv")
+    options = next(line for line in (ROOT/"Makefile").read_text().splitlines() if "cyclonedx" in line).split("$(UV) ")[1].split()[:-1]
+    subprocess.run([uv, *options, tmp_path/"sbom.json"], cwd=ROOT, check=True)
+    bill = json.loads((tmp_path/"sbom.json").read_text())
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    assert {"torch", "av", "pillow"} <= {part["name"] for part in bill["components"] if part["version"]}
+
+
+@pytest.mark.slow
+def test_bandit_finds_nothing_that_is_not_explained():
+    command = [sys.executable, "-m", "bandit", "--quiet", "--recursive", "--configfile", "pyproject.toml", "spotter"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
