@@ -194,7 +194,7 @@ def predict(
         min=1, help="Videos that are judged at a time, each in a process with a network of its own.")] = 1,
     sandbox: Annotated[bool, typer.Option(
         "--sandbox", help="For files of strangers: judge in processes of their own, which get 4 GiB of memory beyond the network's "
-                          "and, for a video, 10 minutes and twice the budget. One that crashes, hangs or wants more has no verdict.")] = False,
+                          "and, for a video, 10 minutes and twice the budget. One that crashes, hangs or wants more gets none.")] = False,
     threshold: Annotated[Optional[float], typer.Option(
         help="From this p_fake on (0 to 1) a face is fake. [default: that of the network]", show_default=False)] = None,
     unsure: Annotated[Optional[str], typer.Option(

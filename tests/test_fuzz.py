@@ -1,4 +1,4 @@
-"Readers of files that somebody else made, fed with files that were damaged at random: they come to an end, or raise what they say they do."
+"Readers of files that somebody else made, fed with files damaged at random: they come to an end, or raise what they say."
 import json
 import shutil
 import warnings
@@ -110,7 +110,8 @@ READERS = {"checkpoint": (checkpoints, read_checkpoint), "params": (lambda _: [(
 
 # ---------------------------------------------------------------- damage
 
-TOKENS = [b"\x00", b"\xff"*4, b"\x7f\xff\xff\xff", b"\n", b",", b'"', b"{", b"[", b"]", b"null", b"-1", b"1e999", b"nan", b"../", b"/", b"\xef\xbb\xbf",
+TOKENS = [b"\x00", b"\xff"*4, b"\x7f\xff\xff\xff", b"\n", b",", b'"', b"{", b"[", b"]", b"null", b"-1", b"1e999", b"nan",
+          b"../", b"/", b"\xef\xbb\xbf",
           b"&a [*a]", b"!!python/object/apply:os.system [ls]", b"9"*30, b"2001-99-99", b"? ", b": ", b"true", b"{}", b"\xed\xa0\x80"]
 
 
@@ -120,7 +121,8 @@ def damaged(draw, seeds: list[bytes]) -> bytes:
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 6))):
         a, n = draw(st.integers(0, len(data))), draw(st.integers(0, 40))
-        how, token = draw(st.sampled_from(["change", "put in", "take out", "repeat", "cut"])), draw(st.sampled_from(TOKENS) | st.binary(max_size=8))
+        how = draw(st.sampled_from(["change", "put in", "take out", "repeat", "cut"]))
+        token = draw(st.sampled_from(TOKENS) | st.binary(max_size=8))
         if how == "change": data[a:a + len(token)] = token
         elif how == "put in": data[a:a] = token
         elif how == "take out": del data[a:a + n]
