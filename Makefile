@@ -6,7 +6,7 @@ export PYTHONWARNINGS = ignore
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 .DEFAULT_GOAL := help
-.PHONY: help repro verify results readme test test-all lab bench reference clean environment data
+.PHONY: help repro verify results readme test test-all lab bench reference scan sbom clean environment data
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -66,6 +66,15 @@ readme: data  ## run the notebooks of README.md and DATASHEET.md on the files as
 	  --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output README nbs/index.ipynb
 	$(RUN) jupyter nbconvert --log-level=ERROR --to markdown --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=hide_input --output-dir . --output DATASHEET nbs/datasheet.ipynb
+
+scan: environment  ## look for dangerous calls (bandit) and for known holes in what uv.lock names (pip-audit, where its database can be reached)
+	$(RUN) bandit --quiet --recursive --configfile pyproject.toml spotter
+	@$(UV) export --frozen --quiet --no-emit-project --format requirements.txt --output-file .scan.txt
+	@trap 'rm -f .scan.txt .scan.log' EXIT; $(RUN) pip-audit --disable-pip --require-hashes --progress-spinner off --requirement .scan.txt 2>.scan.log \
+	  || { grep -qE 'ConnectionError|ServiceError|Max retries' .scan.log && echo "pip-audit: skipped, its database cannot be reached"; } || { cat .scan.log; exit 1; }
+
+sbom:  ## write sbom.json: all that uv.lock installs for a user, as CycloneDX, without network
+	@$(UV) export --frozen --offline --quiet --no-dev --format cyclonedx1.5 --output-file sbom.json
 
 clean:  ## remove what the stages made; data and the caches of DVC stay
 	rm -rf faces faces_c40 checkpoints reports/html .resume .prepare

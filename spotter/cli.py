@@ -16,6 +16,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .data.names import in_lines, printable
 from .predict.inputs import fetch_missing, find_videos
 from .predict.times import read_span
 from .predict.verdict import read_bounds
@@ -51,7 +52,7 @@ def synth(
         if check: agrees = _check(root, identities, seed, workers)
         else: agrees = _make(root, pairs, frames, fps, size, samples, strength, seed, workers)
     except ValueError as e:
-        typer.echo(f"spotter synth: {e}", err=True)
+        typer.echo(in_lines(f"spotter synth: {e}"), err=True)
         raise typer.Exit(2)
     if not agrees: raise typer.Exit(1)
 
@@ -87,11 +88,11 @@ def _detector(checkpoint, device, precision, *how):
     try: torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
     detector = Detector(checkpoint, device, precision, *how)
-    typer.echo(f"judging with {detector.settings['checkpoint']}", err=True)
+    typer.echo(printable(f"judging with {detector.settings['checkpoint']}"), err=True)
     for what in ("missing", "ignored"):
         if not (names := detector.settings[what]): continue
         shown = ", ".join(names[:3]) + " …"*(len(names) > 3)
-        typer.echo(f"{detector.settings['checkpoint']}: {len(names)} tensors are {what}: {shown}", err=True)
+        typer.echo(printable(f"{detector.settings['checkpoint']}: {len(names)} tensors are {what}: {shown}"), err=True)
     return detector
 
 # %% ../nbs/9_cli/00_cli.ipynb #bb0dab63
@@ -128,7 +129,6 @@ def _parts_of(report: Path | None) -> Path | None:
 # %% ../nbs/9_cli/00_cli.ipynb #c0b3ada0
 def _tell(text: str):
     "A line on standard error, in whatever encoding that has."
-    from spotter.predict.outputs import printable
     typer.echo(f"spotter predict: {printable(text)}", err=True)
 
 def _write(batch, json_out, csv_out, parquet_out, report) -> bool:
@@ -160,15 +160,15 @@ def _plan(videos, settings, json_out, tables, report, diagnostic, resume):
     if parts and not resume: clear(parts); parts.mkdir(exist_ok=True)
     return open_batch(jobs, settings, lines, resume, _tell) if json_out else Batch(jobs, settings)
 
-def _results(detector, options, batch, workers, executor):
-    "Records of what is left, by this process, by several, or by a cluster."
+def _results(detector, options, batch, workers, executor, fence):
+    "Records of what is left, by this process, by several, or by a cluster; with a fence never by this one."
     from functools import partial
     from spotter.predict.batch import in_cluster, in_turn, in_workers
     from spotter.predict.detector import Detector
     todo, make = batch.left, partial(Detector, detector.settings["checkpoint"], detector.settings["device"], *options)
     if executor: return in_cluster(executor, make, todo, batch.settings)
-    if (workers := min(workers, len(todo))) < 2: return in_turn(detector, todo)
-    return in_workers(make, todo, workers, batch.settings)
+    if (workers := min(workers, len(todo))) < 2 and not fence: return in_turn(detector, todo)
+    return in_workers(make, todo, workers, batch.settings, fence)
 
 # %% ../nbs/9_cli/00_cli.ipynb #2a4669ca
 _SCHEDULER = typer.Option(
@@ -206,6 +206,9 @@ def predict(
     workers: Annotated[int, typer.Option(
         min=1, help="Videos that are judged at a time, each in a process with a network of its own.")] = 1,
     scheduler: Annotated[Optional[str], _SCHEDULER] = None,
+    sandbox: Annotated[bool, typer.Option(
+        "--sandbox", help="For files of strangers: judge in processes of their own, which get 4 GiB of memory beyond the network's "
+                          "and, for a video, 10 minutes and twice the budget. One that crashes, hangs or wants more gets none.")] = False,
     threshold: Annotated[Optional[float], typer.Option(
         help="From this p_fake on (0 to 1) a face is fake. [default: that of the network]", show_default=False)] = None,
     unsure: Annotated[Optional[str], typer.Option(
@@ -229,6 +232,7 @@ def predict(
     try:
         if resume and not json_out: raise ValueError("--resume goes on with the lines beside --json: name its file")
         if scheduler and workers > 1: raise ValueError("--workers are processes here, and --scheduler has its own: leave one of them out")
+        if scheduler and sandbox: raise ValueError("--sandbox is a fence around processes here, which workers of --scheduler do not have")
         span, bounds = read_span(begin, end), None if unsure is None else read_bounds(unsure)
         options = precision, budget, span, min_face, threshold, bounds
         videos, detector = find_videos(inputs), _detector(checkpoint, device, *options)
@@ -239,8 +243,9 @@ def predict(
         raise typer.Exit(2)
     from spotter.executors import WorkerError
     from spotter.predict.batch import Terminable, clear
+    from spotter.predict.sandbox import fence_for
     with stack, Terminable() as stop:
-        try: batch.run(_results(detector, options, batch, workers, executor), stop, _tell)
+        try: batch.run(_results(detector, options, batch, workers, executor, fence_for(budget) if sandbox else None), stop, _tell)
         except WorkerError as e:
             stop.code = 1
             _tell(str(e))
@@ -327,7 +332,7 @@ def export(
         _make_room([out], [checkpoint])
         apart = export_onnx(model, out)
     except (ValueError, OSError, RuntimeError) as e:
-        typer.echo(f"spotter export: {e}", err=True)
+        typer.echo(in_lines(f"spotter export: {e}"), err=True)
         raise typer.Exit(2)
     typer.echo(f"{out}: logits differ from PyTorch's by {apart:.1e} at most")
 
@@ -355,7 +360,7 @@ def verify(
         if record: written = reproduction.record_reference(root, params)
         verdict, text = ("", f"written: {written}") if written else reproduction.verify(root, params)
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter verify: {e}", err=True)
+        typer.echo(in_lines(f"spotter verify: {e}"), err=True)
         raise typer.Exit(2)
     typer.echo(text)
     raise typer.Exit(EXIT_CODES.get(verdict, 0) if fail else 0)
@@ -375,7 +380,7 @@ def _tell_metrics(name: str, metrics: dict, json_out: Path | None, csv_out: Path
     "Write what is wanted and print the table. Exit code 3 when clips are without a verdict."
     from spotter.evaluate.leaderboard import in_text, leaderboard_row, write_leaderboard
     from spotter.evaluate.tables import write_json
-    typer.echo(in_text(name, metrics))
+    typer.echo(in_lines(in_text(name, metrics)))
     if json_out: write_json(json_out, dict(detector=name) | metrics)
     if csv_out: write_leaderboard(leaderboard_row(name, metrics), csv_out)
     if metrics["no_verdict"]: raise typer.Exit(3)
@@ -404,7 +409,7 @@ def benchmark(
         _make_room([p for p in (json_out, csv_out) if p], [detector])
         _tell_metrics(detector.stem, benchmarks.benchmark(detector, corpus, root, params, out, faces), json_out, csv_out)
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter benchmark: {e}", err=True)
+        typer.echo(in_lines(f"spotter benchmark: {e}"), err=True)
         raise typer.Exit(2)
     except KeyboardInterrupt:
         typer.echo(f"spotter benchmark: stopped; the same command goes on with what is in {out}", err=True)
@@ -429,7 +434,7 @@ def score(
         _make_room([p for p in (json_out, csv_out) if p], [predictions])
         _tell_metrics(predictions.stem, result_metrics(predictions, corpus, root, params, heatmaps, faces), json_out, csv_out)
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter score: {e}", err=True)
+        typer.echo(in_lines(f"spotter score: {e}"), err=True)
         raise typer.Exit(2)
 
 # %% ../nbs/9_cli/00_cli.ipynb #a0d17c02
@@ -475,12 +480,12 @@ def audit(
         found = audit_corpus(**_audited(root, layout, compression))
         if json_out: write_json(json_out, audit_record(found))
     except (ValueError, OSError) as e:
-        typer.echo(f"spotter audit: {e}", err=True)
+        typer.echo(in_lines(f"spotter audit: {e}"), err=True)
         raise typer.Exit(2)
     except KeyboardInterrupt:
         typer.echo("spotter audit: stopped", err=True)
         raise typer.Exit(130)
-    typer.echo(audit_text(found))
+    typer.echo(in_lines(audit_text(found)))
     if strict and found.findings: raise typer.Exit(1)
 
 # %% ../nbs/9_cli/00_cli.ipynb #7489f4ab

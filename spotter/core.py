@@ -170,7 +170,9 @@ def load_params(
 ) -> Params:  # checked and immutable
     "Read settings. Raises `ValueError` that names each unknown, missing or mistyped key."
     path = Path(path or find_root()/"params.yaml")
-    try: return Params.model_validate(yaml.safe_load(path.read_text()))
+    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as e: raise ValueError(f"{path} is not YAML: {e}") from e   # a date may be none
+    try: return Params.model_validate(found)
     except ValidationError as e: problems = e.errors()
     lines = [f"  {'.'.join(map(str, p['loc'])) or '(the file)'}: {_explain(p)}" for p in problems]
     raise ValueError(f"{path} has {len(lines)} wrong setting(s):\n" + "\n".join(lines))

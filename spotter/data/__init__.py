@@ -2,7 +2,7 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "table": ["CorpusError"],
+    "names": ["CorpusError"],
     "corpora": ["index_dataset"],
     "video": ["VideoError"],
     "faces": ["NoFaceError"],

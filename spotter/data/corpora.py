@@ -20,7 +20,8 @@ from .layouts.dfdc import DFDC, DFDC_PREVIEW
 from .layouts.ffpp import FFPP
 from .layouts.folders import FOLDERS, MANIFEST, SPLIT_FOLDERS
 from .own_split import own_split, take_validation
-from .table import COLUMNS, CorpusError, Layout, contents, some
+from .names import CorpusError, climbs, printable
+from .table import COLUMNS, Layout, contents, some
 
 # %% ../../nbs/1_data/05_corpora.ipynb #d9741904
 LAYOUTS: dict[str, Layout] = {"deeper_forensics": DEEPER_FORENSICS, "df40": DF40, "ffpp": FFPP, "dfd": DFD_LAYOUT, "celeb_df": CELEB_DF,
@@ -72,6 +73,14 @@ def torn_people(clips: pd.DataFrame) -> list[str]:   # in alphabetical order
     return sorted(counts.index[counts > 1])
 
 # %% ../../nbs/1_data/05_corpora.ipynb #79de678f
+def _read(root: Path, layout: str, compression: str | None) -> tuple[list[dict], list[str]]:
+    "Rows and remarks of a layout. `CorpusError` in which names cannot steer a terminal, and for a path that leads out of the corpus."
+    try: rows, notes = LAYOUTS[layout].read(root, compression)
+    except CorpusError as e: raise CorpusError(printable(str(e))) from e
+    if out := [r["path"] for r in rows if any(climbs(r[column]) for column in ("clip_id", "path", "mask_path"))]:
+        raise CorpusError(f"{root}: {some(out)}: not below the folder of the corpus")   # crops and heatmaps are written under these names
+    return rows, notes
+
 def index_dataset(
     root: str | Path,                # folder of the corpus
     layout: str = "auto",            # a name of `LAYOUTS`, or "auto"
@@ -83,14 +92,14 @@ def index_dataset(
     Raises `CorpusError` (a `ValueError`) that names the folder or file at fault."""
     root = Path(root)
     name = find_layout(root, layout)
-    rows, notes = LAYOUTS[name].read(root, compression)
+    rows, notes = _read(root, name, compression)
     if not rows: raise CorpusError(f"{root}: {LAYOUTS[name].name} without a video" + f" of compression {compression}"*bool(compression))
     clips, dealt = with_splits(pd.DataFrame(rows), splits, seed)
     if (twice := clips.clip_id[clips.clip_id.duplicated()]).any(): raise CorpusError(f"{root}: two files of the same name: {some(twice)}")
     clips["original"] = clips.original.where(clips.original.isin(clips.clip_id), "")
     if not clips.label.any(): dealt.append("no fakes: a network can be trained on it with train.self_blend: 1 alone, and judged elsewhere")
     if torn := torn_people(clips): dealt.append(f"{len(torn)} people are in more than one split: {some(torn)}")
-    for note in (notes := notes + dealt): warnings.warn(f"{root}: {note}", stacklevel=2)
+    for note in (notes := [printable(note) for note in notes + dealt]): warnings.warn(f"{root}: {note}", stacklevel=2)
     clips = clips[COLUMNS].sort_values("clip_id", ignore_index=True)
     clips.attrs["notes"] = notes
     return clips

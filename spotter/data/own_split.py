@@ -14,7 +14,8 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .table import SPLITS, CorpusError
+from .names import CorpusError
+from .table import SPLITS
 
 # %% ../../nbs/1_data/02_own_split.ipynb #8798beb9
 def parts(

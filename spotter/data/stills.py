@@ -18,7 +18,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 # %% ../../nbs/1_data/15_stills.ipynb #fc748072
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"
 _BEGIN = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP|BM|II|MM|GIF8|....ftyp(?:avi|mif1)", re.S)   # spares films the search among formats
-BROKEN = OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning   # what Pillow raises
+# what Pillow raises
+BROKEN = OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError, Image.DecompressionBombWarning
 
 def open_still(path: str | Path) -> "Image.Image | None":  # None for a file that is no picture
     "The opened picture, not yet read. Raises one of `BROKEN` for one that is too large."

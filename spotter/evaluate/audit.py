@@ -26,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 from ..core import FaceParams, Params, find_root
 from ..data.corpora import index_corpus
 from ..data.faces import Detect, make_detector
+from ..data.names import printable
 from ..data.sampling import sample_positions
 from ..data.video import iter_frames, read_frames, write_video
 from .features import GROUPS, backdrop, clip_features, face_track
@@ -264,7 +265,7 @@ def _compare(path: Path, original: np.ndarray, fake: np.ndarray, masks: np.ndarr
     "`difference` and `stray`, the share of the mask that lies in the background; nothing without masks, or for a one-sided one."
     if masks is None: return {}
     try: return difference(original, fake, masks, codings) | dict(stray=float(masks[:, behind].sum()/masks.sum()))
-    except OneSided as e: warnings.warn(f"{path}: not compared with its original: {e}", stacklevel=2); return {}
+    except OneSided as e: warnings.warn(f"{printable(str(path))}: not compared with its original: {e}", stacklevel=2); return {}
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../../nbs/6_evaluate/72_audit.ipynb #dc197ea6

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.corpora import LAYOUTS, find_layout
+from ..data.names import printable
 from ..data.video import DamageWarning, VideoError
 from .corpus_report import split_table
 from .duplicates import duplicates_check, thumbnails
@@ -97,8 +98,9 @@ def audit_text(audit: Audit) -> str:
     for one in audit.checks:
         n = len(one.found)
         lines = [f"{one.name:<12}{f'{n} FOUND' if n else 'ok':<11}{one.sentence}"]
-        lines += [f"    {what}" for what in (one.found.what[:EXAMPLES] if n else ())] + [f"    … and {n - EXAMPLES} more"]*(n > EXAMPLES)
-        parts.append("\n".join(lines + [f"    note: {remark}" for remark in one.remarks]))
+        lines += [f"    {printable(what)}" for what in (one.found.what[:EXAMPLES] if n else ())]
+        lines += [f"    … and {n - EXAMPLES} more"]*(n > EXAMPLES)
+        parts.append("\n".join(lines + [f"    note: {printable(remark)}" for remark in one.remarks]))
     n, broken = audit.findings, sum(len(one.found) > 0 for one in audit.checks)
     total = f"{n} finding{'s'*(n > 1)} in {broken} of {len(audit.checks)} checks" if n else f"nothing found in {len(audit.checks)} checks"
     return "\n\n".join([*parts, total])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..data.names import leads_out
 from ..data.sampling import sample_positions
 from ..data.store import ClipStore
 from ..data.video import iter_frames
@@ -47,8 +48,10 @@ def map_file(
     folder: str | Path,
     clip_id: str,
 ) -> Path | None:
-    "The file with a clip's heatmaps; None if there is none. `ValueError` for two of them."
+    "The file with a clip's heatmaps; None if there is none. `ValueError` for two of them, and for one that leads out of the folder."
     found = [p for ending in (".npz", ".npy") if (p := Path(folder)/f"{clip_id}{ending}").is_file()]
+    if out := [p for p in found if leads_out(p.relative_to(folder).as_posix(), Path(folder))]:
+        raise ValueError(f"{out[0]}: leads out of the folder of the heatmaps; put the file itself there")
     if len(found) > 1: raise ValueError(f"{found[0]} and {found[1].name}: a clip has one file of heatmaps, remove the other")
     return found[0] if found else None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import Params
+from ..data.names import printable
 from ..data.store import ClipStore
 from .foreign import read_scores, verdict_metrics
 from .foreign_maps import map_metrics
@@ -124,12 +125,13 @@ def in_text(
     real, fake = (metrics["coverage"][kind] for kind in ("real", "fake"))
     scores = {title: metrics[k] for k, title in VERDICTS.items()}
     scores |= {title: d for (k, title), d in zip(MAPS.items(), _map_scores(metrics).values()) if d["value"] is not None}
-    parts = [f"{name}: verdicts on {real['scored']} of {real['total']} real and {fake['scored']} of {fake['total']} fake test clips.\n"
+    parts = [f"{printable(name)}: verdicts on {real['scored']} of {real['total']} real and "
+             f"{fake['scored']} of {fake['total']} fake test clips.\n"
              f"The threshold of {metrics['threshold']:.3f} {_ORIGIN[metrics['threshold_from']]}.",
              _table({"value [95 % interval]": scores}), _groups(metrics)]
     if "localisation" in metrics: parts.append(_map_words(metrics["localisation"]))
     lost = metrics["no_verdict"]
-    told = [f"  {c['clip_id']}: {c['reason'] or 'no reason given'}" for c in lost[:10]] + ["  …"]*(len(lost) > 10)
+    told = [printable(f"  {c['clip_id']}: {c['reason'] or 'no reason given'}") for c in lost[:10]] + ["  …"]*(len(lost) > 10)
     if lost: parts.append("\n".join([f"Test clips without a verdict, {len(lost)}:", *told]))
     if metrics.get("seconds_per_video") is not None: parts.append(f"{metrics['seconds_per_video']:.2f} seconds a video")
     return "\n\n".join(parts)

@@ -11,11 +11,14 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..core import Section
 from . import legacy
 from .network import TemporalCNN_GRU
 from .pickles import read_tensors
@@ -73,6 +76,40 @@ def read_old(path: str | Path) -> tuple[legacy.OldNetwork, dict]:  # the network
 # %% ../../nbs/2_model/40_checkpoint.ipynb #e4fad03d
 _REMEDY = "copy it once more from where it is whole, or make it anew: remove it and run `make repro`"
 
+
+class _Config(Section):
+    "Arguments of `TemporalCNN_GRU` that a file may give: none that fetch weights, and no size beyond reason."
+    backbone: Literal[tuple(BACKBONES)]
+    use_multiscale: bool
+    use_attention: bool
+    num_classes: int = Field(2, ge=2, le=1000)
+    hidden_size: int = Field(512, ge=1, le=4096)
+    attention_reduction: int = Field(64, ge=1, le=320)
+    mask_head: bool = False
+
+class _Header(Section):
+    "What is relied on before a network is built. Other keys, of older and newer versions, are left as they are."
+    model_config = ConfigDict(extra="ignore")
+    config: _Config
+    image_size: int = Field(ge=32, le=2048)
+    metadata: dict
+    temperature: float = Field(1, gt=0, allow_inf_nan=False)
+    bias: float = Field(0, allow_inf_nan=False)
+    prevalence: float = Field(.5, gt=0, lt=1)
+    threshold: float = Field(.5, ge=0, le=1)
+
+def _checked(text: str, path: str | Path) -> dict:
+    "The header of a file from its text. `ValueError` for another format, and for settings that no network of Spotter has."
+    try: header = json.loads(text)
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path}: its header is not JSON ({e})") from e
+    found = header.get("format") if isinstance(header, dict) else header
+    if found != FORMAT: raise ValueError(f"{path} has format {found!r}, this version reads {FORMAT!r}")
+    try: _Header.model_validate(header)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise ValueError(f"{path}: its header is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+    return header
+
 def read_header(
     path: str | Path,
 ) -> dict:  # format, config, image_size, what is `MEASURED`, metadata
@@ -84,9 +121,7 @@ def read_header(
     except SafetensorError as e: raise ValueError(f"{path} is not a safetensors file, or is damaged: {e}; {_REMEDY}") from e
     unknown = "is a safetensors file without Spotter's header: weights of another program"
     if text is None: raise ValueError(f"{path} {told or unknown}")
-    header = json.loads(text)
-    if header["format"] != FORMAT: raise ValueError(f"{path} has format {header['format']!r}, this version reads {FORMAT!r}")
-    return header
+    return _checked(text, path)
 
 # %% ../../nbs/2_model/40_checkpoint.ipynb #e4ce6e70
 @dataclass

@@ -45,7 +45,8 @@ def imagenet_file(
 ) -> Path:
     "timm's weights of a backbone, in the hub's cache on this machine. `ConnectionError` when they are not there and cannot be downloaded."
     name = BACKBONES[backbone].timm_name
-    try: return Path(hf_hub_download(timm.get_pretrained_cfg(name).hf_hub_id, "model.safetensors"))
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    try: return Path(hf_hub_download(repository, "model.safetensors"))  # nosec B615: tensors alone, whose hash stands in the records
     except OSError as e:
         raise ConnectionError(f"no ImageNet weights for {name}: {e}\nStart from installed weights (train.init: lite) or from a file "
                               "(train.init: imagenet:FILE), or run once where the hub can be reached, so that its cache holds them") from e

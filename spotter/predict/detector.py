@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from ..model import legacy
 from ..model.checkpoint import CheckpointInfo, inspect_checkpoint, load_model
 from .choose import find_checkpoint
 from .diagnostic import write_diagnostic
+from .limits import Limits, check_header, check_length
 from .people import Sighting, coverage, cut_out, late_windows, same_people
 from .shots import Shot, find_shots
 from .windows import FRAMES, MIN_FRAMES, MINUTE, Window, plan_window, plan_windows, thin_out
@@ -129,6 +130,7 @@ class Detector:
         min_face: int = MIN_FACE,               # side in pixels of the smallest face that is judged
         threshold: float | None = None,         # of a fake, instead of the checkpoint's
         unsure: tuple[float, float] | None = None,   # see `verdict_of`
+        limits: Limits = Limits(),              # a video above them is undetermined
     ):
         check_bounds(threshold, unsure)
         path = find_checkpoint(checkpoint)
@@ -136,7 +138,7 @@ class Detector:
         self.precision = "fp32" if precision == "auto" and info.format == legacy.OLD_FORMAT else resolve_precision(precision, device)
         self.device, self.budget, self.span, self.min_face = device, budget, span, min_face
         self.frames = info.metadata.get("frames", FRAMES)
-        self.unsure = unsure
+        self.unsure, self.limits = unsure, limits
         self.validation = info.metadata.get("validation", {}) if threshold is unsure is None else {}   # of no other threshold
         if threshold is not None: self.model.threshold = threshold
         self.faces = FaceParams(**info.metadata["faces"]) if "faces" in info.metadata else FACES
@@ -151,7 +153,7 @@ class Detector:
                     temperature=self.model.temperature, bias=self.model.bias, prevalence=self.model.prevalence,
                     threshold=self.model.threshold, unsure=self.unsure and list(self.unsure), shown_map=self.model.shown_map,
                     frames=self.frames, budget=self.budget, span=list(self.span), min_face=self.min_face,
-                    validation=self.validation,
+                    limits=asdict(self.limits), validation=self.validation,
                     precision=self.precision, device=str(self.device), missing=info.missing, ignored=info.ignored)
 
 # %% ../../nbs/7_predict/20_detector.ipynb #0799e75c
@@ -303,10 +305,12 @@ def find_faces(self: Detector,
     span: tuple[float, float | None] = (0., None),   # seconds: the part of the video that is looked at
     told: Callable[[Seen], None] = lambda one: None,   # what each window shows, as soon as it has passed
 ) -> Look:
-    "Faces of a video. `VideoError` for a file without enough frames."
+    "Faces of a video. `VideoError` for a file without enough frames, and for one above the limits, of which nothing is decoded."
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", DamageWarning)
-        index = video_index(path)
+        check_header(path, probe(path), self.limits)
+        index = video_index(path, self.limits.frames)
+        check_length(path, index, self.limits)
         try: look = self._look_at(path, index, index.frames, span, seconds, told)
         except VideoError:   # damaged, or in a codec with frames that are not shown: what can be decoded is judged
             n = count_decodable(path)

@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..data.names import printable
 from ..data.video import DamageWarning, iter_frames, start_time, until_damage
 from ..evaluate.overlay import blend
 from ..runtime import progress, whole_path
@@ -129,7 +130,7 @@ COPIED = {"aac", "mp3"}       # codecs of sound that browsers play out of MP4
 def _sound(source, track, out) -> Iterator[tuple[float, "av.Packet"]]:
     "Packets of the sound with their times in seconds from the start, copied or coded again; a `DamageWarning` where no more can be read."
     def from_start(item): return item.pts - round(start_time(source)/item.time_base)
-    if track.codec_context is None: warnings.warn(f"{source.name}: no decoder for its sound, left out", DamageWarning)
+    if track.codec_context is None: warnings.warn(f"{printable(source.name)}: no decoder for its sound, left out", DamageWarning)
     elif track.codec_context.name in COPIED:
         stream = out.add_stream_from_template(track)
         for packet in until_damage(source.demux(track), source.name):

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ..data.names import printable
 from ..data.sampling import sample_positions
 from ..evaluate.figures import FAKE, NEUTRAL, REAL, styled
 from ..explain.shown import meaning
@@ -74,10 +75,11 @@ def draw_timeline(
 
 # %% ../../nbs/7_predict/40_page.ipynb #76ecc7d9
 TEMPLATES = Environment(autoescape=True, trim_blocks=True)
-TEMPLATES.filters |= dict(zip=zip, clock=clock)
+TEMPLATES.filters |= dict(zip=zip, clock=clock, shown=lambda text: printable(str(text)))
 
-SECTION = """<section><h2>{{ r.path }}</h2>
-<p class="{{ r.verdict }}"><b>{{ r.verdict }}</b>{% if r.p_fake is none %}: {{ r.reason }}{% else %}: p_fake is {{ '%.3f' % r.p_fake }}, \
+SECTION = """<section><h2>{{ r.path|shown }}</h2>
+<p class="{{ r.verdict }}"><b>{{ r.verdict }}</b>\
+{% if r.p_fake is none %}: {{ r.reason|shown }}{% else %}: p_fake is {{ '%.3f' % r.p_fake }}, \
 {% if r.settings.unsure %}from {{ r.settings.unsure[0] }} on a face is unsure, from {{ r.settings.unsure[1] }} on fake\
 {% else %}{{ 'at or above' if r.verdict == 'fake' else 'below' }} the threshold of {{ '%.3f' % r.settings.threshold }}\
 {% endif %}{% endif %}</p>
@@ -87,7 +89,7 @@ stretch{{ 'es' if r.timeline.windows|length > 1 }}\
 {% if r.timeline.cuts %}, {{ r.timeline.cuts|length }} cut{{ 's' if r.timeline.cuts|length > 1 }}{% endif %}. \
 {{ r.people|length }} face{{ 's' if r.people|length > 1 }}, {{ r.people|selectattr('p_fake', 'number')|list|length }} judged\
 {% if tests > r.people|length %} in {{ tests }} passages{% endif %}.\
-{% if r.note %} <b>{{ r.note|capitalize }}.</b>{% endif %}</p>{% endif %}
+{% if r.note %} <b>{{ r.note|capitalize|shown }}.</b>{% endif %}</p>{% endif %}
 {% for p, shown, timeline in r.people|zip(shown, timelines) %}<h3 class="{{ p.verdict }}">{{ p.name|capitalize }}: {{ p.verdict }}\
 {% if p.reason %}, {{ p.reason }}; seen\
 {% else %}, p_fake {{ '%.2f' % p.p_fake }}, its side is {{ '%.0f' % p.size }} pixels, judged{% endif %} \
@@ -127,9 +129,9 @@ section { border-top: 2px solid #222; margin-top: 2.5rem } h3 { font-size: 1rem 
 .fake { color: #a85f00 } .unsure { color: #806f00 } .real { color: #0173b2 } .undetermined { color: #666 }</style></head><body>
 <h1>Spotter's verdicts</h1>
 <table><tr><th>video</th><th>verdict</th><th>p_fake</th><th>faces</th><th>remark</th></tr>
-{% for r in rows %}<tr><td>{{ r.path }}</td><td class="{{ r.verdict }}">{{ r.verdict }}</td>\
+{% for r in rows %}<tr><td>{{ r.path|shown }}</td><td class="{{ r.verdict }}">{{ r.verdict }}</td>\
 <td>{{ '–' if r.p_fake is none else '%.2f' % r.p_fake }}</td>\
-<td>{{ r.people|length }}</td><td>{{ r.reason or r.note or '' }}</td></tr>{% endfor %}</table>
+<td>{{ r.people|length }}</td><td>{{ (r.reason or r.note or '')|shown }}</td></tr>{% endfor %}</table>
 <p><i>p_fake</i> is the probability of a manipulated face as the network was calibrated on its validation clips. \
 It holds where {{ '%.0f' % (100*settings.prevalence) }} % of videos are fake; where fewer are, it is too high. \
 A video is called fake from the threshold below upwards. On videos unlike those clips neither needs to hold. \
@@ -141,7 +143,7 @@ if they were independent{% endif %}.
 Heat shows {{ heat }}; that alone is no proof that something was altered there. A click on a picture enlarges it.</p>
 {% for s in sections %}{{ s }}{% endfor %}
 <section><h2>Settings</h2><table>{% for key, value in settings.items() %}\
-<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table></section></body></html>"""
+<tr><td>{{ key|shown }}</td><td>{{ value|shown }}</td></tr>{% endfor %}</table></section></body></html>"""
 
 def html_page(
     records: list[dict],    # see `record`

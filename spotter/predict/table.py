@@ -14,7 +14,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from .outputs import printable
+from ..data.names import printable
 
 # %% ../../nbs/7_predict/32_table.ipynb #cbf9e4ff
 def shorten(

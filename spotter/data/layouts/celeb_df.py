@@ -9,7 +9,8 @@ __all__ = ['CELEB_DF', 'celeb_df_row', 'read_test_list', 'read_celeb_df']
 import re
 from pathlib import Path
 
-from ..table import CorpusError, Layout, compare_lists, video_row, videos_in
+from ..names import CorpusError, read_text
+from ..table import Layout, compare_lists, video_row, videos_in
 
 # %% ../../../nbs/1_data/layouts/20_celeb_df.ipynb #a4e1ccd0
 _FOLDERS = {"Celeb-real": re.compile(r"(?P<target>id\d+)_\d+"), "YouTube-real": re.compile(r"(?P<target>\d+)"),
@@ -31,7 +32,7 @@ def read_test_list(path: Path) -> list[str]:   # ids of the clips, as `celeb_df_
     "The test videos. `CorpusError` for a missing file, a line that is none, and a label that contradicts the folder."
     if not path.is_file(): raise CorpusError(f"{path}: missing; it comes with Celeb-DF and names the test videos")
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip(): continue
         real, _, place = line.strip().partition(" ")
         parts = Path(place.strip()).parts

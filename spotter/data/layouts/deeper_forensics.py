@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from .ffpp import ffpp_row
-from ..table import COMPRESSIONS, SPLITS, CorpusError, Layout, compare_lists, video_row, videos_in
+from ..names import CorpusError, read_text
+from ..table import COMPRESSIONS, SPLITS, Layout, compare_lists, video_row, videos_in
 
 # %% ../../../nbs/1_data/layouts/40_deeper_forensics.ipynb #f16da6bd
 _NAME = re.compile(r"(?P<target>\d+)_(?P<source>[A-Z]\d+)")
@@ -21,7 +22,7 @@ def read_lists(folder: Path) -> dict[str, str]:   # name of a fake, without endi
     for split in SPLITS:
         path = folder/f"{split}.txt"
         if not path.is_file(): raise CorpusError(f"{path}: missing; it comes with DeeperForensics")
-        for name in (Path(line.split()[0]).stem for line in path.read_text().splitlines() if line.strip()):
+        for name in (Path(line.split()[0]).stem for line in read_text(path).splitlines() if line.strip()):
             if of.setdefault(name, split) != split: raise CorpusError(f"{path}: {name} is in {of[name]}.txt, too")
     return of
 

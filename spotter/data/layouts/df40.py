@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .celeb_df import celeb_df_row, read_test_list
 from .ffpp import drop_twins, ffpp_row, pair_split, read_splits
-from ..table import COMPRESSIONS, CorpusError, Layout, some, video_row, videos_in
+from ..names import CorpusError
+from ..table import COMPRESSIONS, Layout, some, video_row, videos_in
 
 # %% ../../../nbs/1_data/layouts/50_df40.ipynb #0869cb3f
 _NAMES = {"ff": re.compile(r"(?P<target>\d+)_(?P<source>\d+)"), "cdf": re.compile(r"(?P<target>id\d+)_(?P<source>id\d+)_(?P<scene>\d+)")}

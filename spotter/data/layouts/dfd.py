@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from .ffpp import DFD, levels
-from ..table import CorpusError, Layout, video_row, videos_in
+from ..names import CorpusError
+from ..table import Layout, video_row, videos_in
 
 # %% ../../../nbs/1_data/layouts/10_dfd.ipynb #8f32a2a2
 _REAL = re.compile(r"(?P<target>\d+)__(?P<scene>.+)")

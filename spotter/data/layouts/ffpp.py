@@ -7,12 +7,11 @@ __all__ = ['DFD', 'SAME_VIDEO', 'FFPP', 'ffpp_row', 'levels', 'read_splits', 'dr
            'read_ffpp']
 
 # %% ../../../nbs/1_data/layouts/00_ffpp.ipynb #e825d338
-import json, re
+import re
 from pathlib import Path
 
-import pandas as pd
-
-from ..table import COMPRESSIONS, SPLITS, CorpusError, Layout, compare_lists, some, video_row, videos_in
+from ..names import CorpusError, read_json, read_table
+from ..table import COMPRESSIONS, SPLITS, Layout, compare_lists, some, video_row, videos_in
 
 # %% ../../../nbs/1_data/layouts/00_ffpp.ipynb #5f0e30d1
 _NAMES = {0: re.compile(r"(?P<target>\d+)"), 1: re.compile(r"(?P<target>\d+)_(?P<source>\d+)")}
@@ -59,9 +58,8 @@ def read_splits(
 def _read_pairs(path: Path) -> list[list[str]]:
     "Pairs of people of one split file."
     if not path.is_file(): raise CorpusError(f"{path}: missing; a FaceForensics++ layout needs splits/train.json, val.json and test.json")
-    try: pairs = json.loads(path.read_text())
-    except json.JSONDecodeError as e: raise CorpusError(f"{path}: not JSON ({e})") from e
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
+    pairs = read_json(path, list)
+    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
         raise CorpusError(f'{path}: expected a list of pairs such as [["071", "054"]]')
     return pairs
 
@@ -93,7 +91,7 @@ def pair_split(row: dict, of: dict[str, str]) -> str:
 def read_strengths(path: Path) -> dict[tuple[str, str], str]:   # (method, name without ending) -> strength; empty without a file
     "A `manifest.csv` with the columns method, name and strength. `CorpusError` for one that lacks a column or lists a clip twice."
     if not path.is_file(): return {}
-    manifest = pd.read_csv(path, dtype=str, keep_default_na=False)
+    manifest = read_table(path)
     missing = {"method", "name", "strength"} - set(manifest)
     if missing: raise CorpusError(f"{path}: no column {', '.join(sorted(missing))}")
     known = {(m, Path(n).stem): s for m, n, s in zip(manifest.method, manifest.name, manifest.strength)} if len(manifest) else {}

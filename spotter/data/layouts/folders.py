@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..table import SPLITS, VIDEOS, CorpusError, Layout, compare_lists, some, video_row
+from ..names import CorpusError, leads_out, read_table
+from ..table import SPLITS, VIDEOS, Layout, compare_lists, some, video_row
 
 # %% ../../../nbs/1_data/layouts/60_folders.ipynb #5282c63d
 def relatives(
@@ -59,7 +60,7 @@ _KNOWN = {"path", "label", "method", "identity", "source", "original", "split", 
 
 def _manifest(path: Path) -> pd.DataFrame:
     "The table, every fault of which is told with its line."
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = read_table(path)
     if not {"path", "label"} <= set(table): raise CorpusError(f"{path}: no column path or label, only {', '.join(table)}")
     if odd := sorted(set(table) - _KNOWN):
         raise CorpusError(f"{path}: unknown column {', '.join(odd)}; there may be {', '.join(sorted(_KNOWN))}")
@@ -68,8 +69,10 @@ def _manifest(path: Path) -> pd.DataFrame:
     refuse(table.path.duplicated(), "the path is listed twice")
     refuse(~table.label.str.lower().isin(list(_LABELS)), "the label is neither real nor fake, 0 nor 1")
     if "split" in table: refuse(~table.split.isin(["", *SPLITS]), f"the split is none of {', '.join(SPLITS)} and not empty")
-    outside = table.path.map(lambda p: Path(p).is_absolute() or ".." in Path(p).parts)
-    refuse(outside, "the path leads out of the folder of the corpus")
+    for column in ("path", "mask"):
+        if column in table:
+            outside = [leads_out(p, path.parent) for p in table[column]]
+            refuse(pd.Series(outside, table.index, bool), f"the {column} leads out of the folder of the corpus")
     return table
 
 def read_manifest(root: Path, compression: str | None) -> tuple[list[dict], list[str]]:
