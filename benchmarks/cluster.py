@@ -1,8 +1,8 @@
 """Preparing by processes of this machine and by Dask: `python benchmarks/cluster.py`.
 
 Throughput against the number of processes, and what a scheduler costs: both sides run in turn with as many processes, and the start of
-the processes is part of neither. Then hours and cost of large corpora, an estimate from the measured rate: it assumes clips like those that
-were measured, cores like this machine's, and storage that keeps up. The bundled clips have a second; longer ones take longer.
+the processes is part of neither. Then hours and cost of large corpora, an estimate from the measured rate; it assumes clips like those
+that were measured, cores like this machine's, and storage that keeps up. The bundled clips have a second; longer ones take longer.
 """
 import tempfile
 from contextlib import contextmanager
@@ -71,7 +71,7 @@ def main(clips: int = typer.Option(24, help="of the bundled corpus"), rounds: in
     with tempfile.TemporaryDirectory() as folder: fastest, n = measure(clips, rounds, processes, Path(folder))
     share = fastest[1]/fastest[processes]/processes
     print(f"{processes} processes do {share*processes:.2f} times the work of one")
-    print(f"estimate, from {n/fastest[1]:.2f} clips/s of one core, of which each of several keeps {share:.0%}; an hour of a core: {price:g}")
+    print(f"estimate, from {n/fastest[1]:.2f} clips/s of one core, of which each of several keeps {share:.0%}; a core hour: {price:g}")
     print(estimate(n/fastest[1], cores, price, share).round(1).to_string())
 
 

@@ -216,16 +216,19 @@ def pair(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("kind", ["crops", "audit"])
-def test_the_number_of_processes_changes_no_byte(pair, tmp_path, kind):
+def test_the_number_of_processes_changes_no_byte_of_crops(pair, tmp_path):
     from spotter.data.prepare import prepare_corpus
-    from spotter.evaluate.audit import measure_corpus
-    def made(workers):
-        if kind == "crops": return digests(prepare_corpus(params, tmp_path/f"faces{workers}", pair, workers).folder)
-        return measure_corpus(params, pair, frames=8, workers=workers).to_csv()
     params = load_params(ROOT/"params.yaml")
-    one = made(1)
-    assert made(2) == one and made(4) == one
+    one, two, four = (digests(prepare_corpus(params, tmp_path/f"faces{n}", pair, n).folder) for n in (1, 2, 4))
+    assert two == one and four == one
+
+
+def test_the_number_of_processes_does_not_change_the_audit(pair):
+    "But for the reference, a clip coded anew: with AVX-512, libx264 does not give the same bytes in every run."
+    from spotter.evaluate.audit import measure_corpus
+    params = load_params(ROOT/"params.yaml")
+    one, two, four = (measure_corpus(params, pair, frames=8, workers=n) for n in (1, 2, 4))
+    for other in (two, four): pd.testing.assert_frame_equal(one, other, rtol=1e-2)
 
 
 def test_loader_processes_and_a_stop_change_no_bit_of_a_training(tmp_path, monkeypatch, capsys):

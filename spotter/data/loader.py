@@ -89,4 +89,4 @@ def told_of_loaders() -> Iterator[None]:
     except RuntimeError as e:
         if not str(e).startswith("DataLoader worker"): raise
         raise RuntimeError(f"a process that loads clips died, mostly because memory was short ({str(e).splitlines()[0]}); what was "
-                           "finished is kept: lower train.workers in params.yaml, or free memory (also /dev/shm), and run the same again") from e
+                           "finished is kept: lower train.workers in params.yaml, or free memory (also /dev/shm), and run it again") from e

@@ -9,6 +9,7 @@ __all__ = ['WHY', 'DIED', 'GROUP', 'PART', 'Job', 'plan_jobs', 'kept', 'judged',
 # %% ../../nbs/7_predict/45_batch.ipynb #385f7e3c
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import re

@@ -57,7 +57,7 @@ def _check_devices(processes: int):
 def train_together(
     params: Params, key: str, store: ClipStore, out: str | Path, live: str | Path, resume: str | Path = ".resume",   # as for `train`
 ) -> pd.DataFrame:  # the history
-    "`train` in as many processes as `train.processes` says. Raises as `train` does, and `RuntimeError` that names the log of a failed one."
+    "`train` in as many processes as `train.processes` says. Raises as `train` does, and `RuntimeError` that names a log."
     count, started = params.train.processes, "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1
     if count == 1 or started: return train(params, key, store, out, live, resume)
     _check_devices(count)

@@ -58,8 +58,8 @@ def read_splits(
 def _read_pairs(path: Path) -> list[list[str]]:
     "Pairs of people of one split file."
     if not path.is_file(): raise CorpusError(f"{path}: missing; a FaceForensics++ layout needs splits/train.json, val.json and test.json")
-    pairs = read_json(path, list)
-    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
+    pairs = read_json(path, object)
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
         raise CorpusError(f'{path}: expected a list of pairs such as [["071", "054"]]')
     return pairs
 
