@@ -151,6 +151,14 @@ def test_a_damaged_file_raises_what_is_documented(name):
     fuzzed(name, dict(checkpoint=40, video=60).get(name, 100), derandomize=True, phases=[Phase.generate, Phase.shrink])()
 
 
+def test_a_runtime_error_of_a_decoder_is_a_picture_that_cannot_be_read(tmp_path, monkeypatch):
+    "Found by the fuzzer: Pillow's decoder of AVIF raises one. Here it is raised by hand."
+    Image.new("RGB", (32, 32)).save(tmp_path/"a.png")
+    def broken(*_, **__): raise RuntimeError("Failed to decode frame")
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(VideoError, match="a picture that cannot be read"): video_index(tmp_path/"a.png")
+
+
 def test_undamaged_seeds_are_read(tmp_path):
     "Or nothing would be fuzzed but the first line of each reader."
     for k, data in enumerate(videos(tmp_path)):

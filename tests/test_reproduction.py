@@ -228,7 +228,10 @@ def test_the_number_of_processes_does_not_change_the_audit(pair):
     from spotter.evaluate.audit import measure_corpus
     params = load_params(ROOT/"params.yaml")
     one, two, four = (measure_corpus(params, pair, frames=8, workers=n) for n in (1, 2, 4))
-    for other in (two, four): pd.testing.assert_frame_equal(one, other, rtol=1e-2)
+    anew = ["reference", "ratio", "inside_reference", "inside_ratio", "clear"]
+    for other in (two, four):
+        assert other.drop(columns=anew).to_csv() == one.drop(columns=anew).to_csv()
+        pd.testing.assert_frame_equal(one[anew], other[anew], rtol=1e-2)
 
 
 def test_loader_processes_and_a_stop_change_no_bit_of_a_training(tmp_path, monkeypatch, capsys):
