@@ -244,6 +244,8 @@ def predict(
     from spotter.executors import WorkerError
     from spotter.predict.batch import Terminable, clear
     from spotter.predict.sandbox import fence_for
+    from spotter.runtime import keep_memory
+    keep_memory()
     with stack, Terminable() as stop:
         try: batch.run(_results(detector, options, batch, workers, executor, fence_for(budget) if sandbox else None), stop, _tell)
         except WorkerError as e:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['resolve_threads', 'seed_everything', 'default_device', 'has_bf16', 'resolve_precision', 'autocast', 'progress',
-           'in_processes', 'resolve_workers', 'regular', 'clear_unfinished', 'sync', 'whole_path', 'whole_file',
-           'machine', 'reached_files']
+           'in_processes', 'in_advance', 'keep_memory', 'resolve_workers', 'regular', 'clear_unfinished', 'sync',
+           'whole_path', 'whole_file', 'machine', 'reached_files']
 
 # %% ../nbs/0_core/10_runtime.ipynb #77c9253c
 import ast
+import ctypes
 import errno
 import hashlib
 import math
@@ -18,8 +19,9 @@ import platform
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -121,6 +123,30 @@ def in_processes(
     else:  # new interpreters, because forking a process that runs threads can hang
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
             yield from pool.map(job, items)
+
+# %% ../nbs/0_core/10_runtime.ipynb #8ca62183
+def in_advance(
+    items: Generator,
+    most: int = 2,      # that are made and not yet used
+) -> Iterator:
+    "The same items, made by a thread while those before them are used. Closing it closes `items`."
+    end, made = object(), deque()
+    with ThreadPoolExecutor(1) as thread:
+        def more(): made.append(thread.submit(next, items, end))
+        try:
+            for _ in range(most): more()
+            while (item := made.popleft().result()) is not end:
+                more(); yield item
+        finally: thread.submit(items.close)
+
+# %% ../nbs/0_core/10_runtime.ipynb #3a82aafe
+def keep_memory():
+    """Let this process keep memory that it frees, in one pool for all threads, where the C library is glibc. It concerns all that the
+    process does, so programs call it and functions do not."""
+    if platform.libc_ver()[0] != "glibc": return
+    mmap_max, trim_threshold, arena_max = -4, -1, -8   # as malloc.h numbers them
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)): mallopt(option, value)
 
 # %% ../nbs/0_core/10_runtime.ipynb #b038e02b
 def resolve_workers(

@@ -234,7 +234,7 @@ def test_a_process_that_dies_costs_its_video(tmp_path):
     jobs = [Job(path) for path in files(tmp_path, "a", "kill", "b")]
     found = {job.video.name: record for job, record in in_workers(FakeDetector, jobs, 2, SETTINGS)}
     assert {name: r["verdict"] for name, r in found.items()} == dict(a="fake", kill="undetermined", b="fake")
-    assert "the process that judged it died" in found["kill"]["reason"]
+    assert "its process died (SIGKILL)" in found["kill"]["reason"]
 
 
 @pytest.fixture(scope="session")

@@ -15,23 +15,49 @@ import numpy as np
 import pytest
 import torch
 
+from spotter.data.store import ClipStore
 from spotter.data.toy import ToyStore
+from spotter.data.video import video_length
 from spotter.model.checkpoint import load_model, save_model
 from spotter.train.loop import train
 from spotter.train.setup import make_loader, make_model
+from test_batches import CLIP, weights              # noqa: F401, fixtures
+from test_data import corpus, params, registered   # noqa: F401, fixtures
 from test_train import settings
 
 torch.set_num_threads(1)
-RUN = """
+TRAINING = """
 import pickle, sys
 from pathlib import Path
 from spotter.data.toy import ToyStore
 from spotter.train.loop import train
-out = Path(sys.argv[2])
+out = Path(sys.argv[1])
 print("begun", flush=True)
-train(pickle.loads(Path(sys.argv[1]).read_bytes()), "toy", ToyStore(pairs=6), out/"out", out/"live", out/"resume")
+train(pickle.loads(Path(sys.argv[2]).read_bytes()), "toy", ToyStore(pairs=6), out/"out", out/"live", out/"resume")
+"""
+PREPARING = """
+import pickle, sys
+from pathlib import Path
+from spotter.data.faces import DETECTORS
+from spotter.data.prepare import prepare_corpus
+from whole_frame import slow_whole_frame
+if __name__ == "__main__":
+    DETECTORS["whole-frame"] = slow_whole_frame
+    print("begun", flush=True)
+    prepare_corpus(pickle.loads(Path(sys.argv[2]).read_bytes()), Path(sys.argv[1])/"faces", root=sys.argv[3], workers=2)
+"""
+JUDGING = """
+import sys
+from pathlib import Path
+from spotter import cli
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    print("begun", flush=True)
+    cli.predict(sys.argv[3:], checkpoint=Path(sys.argv[2]), device="cpu", workers=2, resume=True, json_out=out/"all.json",
+                csv_out=out/"all.csv", parquet_out=out/"all.parquet", report=out/"all.html", diagnostic=out/"shown")
 """
 SMALL = dict(init="random", epochs=4, steps_per_epoch=2, unfreeze_epoch=0, use_multiscale=True)
+KILLS = 10   # of a training, of preparing and of judging each
 
 
 def files(folder) -> dict[str, bytes]:
@@ -39,27 +65,63 @@ def files(folder) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.slow
-def test_ten_kills_of_a_training_change_no_byte(tmp_path):
-    "At random moments, writing of checkpoints and states among them."
-    params, rng, kills = settings(**SMALL), random.Random(0), 0
-    (tmp_path/"params.pickle").write_bytes(pickle.dumps(params))
-    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]), OMP_NUM_THREADS="1")
-    def start(name): return subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path/"params.pickle"), str(tmp_path/name)], env=env,
-                                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    whole = start("whole"); whole.stdout.readline(); begun = time.time()
-    assert whole.wait() == 0
+def broken_off(folder: Path, program: str, *arguments, share: float) -> tuple[Path, Path]:
+    """Run a program in the folder `whole`, and again and again in `broken`: killed at random moments, until that has happened so often.
+    Then it may come to its end. Of two kills one meets all processes, the other the first of them alone. `share`: of the time of a run,
+    within which it is killed."""
+    code, rng, kills, tests = folder/"program.py", random.Random(0), 0, Path(__file__).parent
+    code.write_text(program)
+    env = os.environ | dict(PYTHONPATH=f"{tests.parent}{os.pathsep}{tests}", OMP_NUM_THREADS="1")
+    def start(name):
+        (folder/name).mkdir(exist_ok=True)
+        run = subprocess.Popen([sys.executable, str(code), str(folder/name), *map(str, arguments)], env=env,
+                               stdout=subprocess.PIPE, stderr=(folder/"told").open("w"), start_new_session=True)
+        assert run.stdout.readline() == b"begun\n", (folder/"told").read_text()
+        return run
+    def ended(run): assert run.wait() == 0, (folder/"told").read_text()
+    begun, whole = time.time(), start("whole")
+    ended(whole)
     lasts = time.time() - begun
-    for _ in range(60):
-        run = start("broken"); run.stdout.readline()
-        time.sleep(rng.uniform(0, lasts*.6))
-        if run.poll() is None: os.killpg(run.pid, signal.SIGKILL); kills += 1
-        assert run.wait() in (0, -signal.SIGKILL)
-        if kills == 10: break
-    assert kills == 10, "the runs were to be killed on their way"
-    assert start("broken").wait() == 0
-    assert files(tmp_path/"broken") == files(tmp_path/"whole")   # and no other file
-    for name in ("last", "weights"): load_model(tmp_path/"broken"/"out"/f"{name}.safetensors")
+    while kills < KILLS:
+        run = start("broken")
+        try: run.wait(rng.uniform(0, lasts*share))
+        except subprocess.TimeoutExpired:
+            kills += 1
+            (os.killpg if kills % 2 else os.kill)(run.pid, signal.SIGKILL)
+        else: assert run.returncode == 0, (folder/"told").read_text()
+        run.wait()
+    ended(start("broken"))
+    return folder/"whole", folder/"broken"
+
+
+@pytest.mark.slow
+def test_kills_of_a_training_change_no_byte(tmp_path):
+    "At random moments, writing of checkpoints and states among them."
+    (tmp_path/"params.pickle").write_bytes(pickle.dumps(settings(**SMALL)))
+    whole, broken = broken_off(tmp_path, TRAINING, tmp_path/"params.pickle", share=.6)
+    assert files(broken) == files(whole)   # and no other file
+    for name in ("last", "weights"): load_model(broken/"out"/f"{name}.safetensors")
+
+
+@pytest.mark.slow
+def test_kills_of_preparing_change_no_byte(tmp_path, corpus, params):
+    (tmp_path/"params.pickle").write_bytes(pickle.dumps(params))
+    whole, broken = broken_off(tmp_path, PREPARING, tmp_path/"params.pickle", corpus, share=.6)
+    assert files(broken) == files(whole) and len(ClipStore(broken/"faces").index) > 0
+
+
+@pytest.mark.slow
+def test_kills_of_judging_change_no_verdict(tmp_path, weights):
+    (tmp_path/"videos").mkdir()
+    for name, clip in zip("abcdef", ("000", "004")*3): (tmp_path/"videos"/f"{name}.mp4").write_bytes(CLIP.with_stem(clip).read_bytes())
+    whole, broken = broken_off(tmp_path, JUDGING, weights, tmp_path/"videos", share=.6)
+    def found(folder):
+        "Files and what they say; not the seconds it took, nor the bytes of videos, which x264 varies."
+        said = files(folder)
+        records = [json.loads(line) for line in [*said.pop("all.jsonl").splitlines(), *map(json.dumps, json.loads(said.pop("all.json")))]]
+        shown = {name: video_length(folder/name).frames for name in said if name.endswith(".mp4")}
+        return said | shown, sorted((r | dict(seconds=None) for r in records), key=lambda r: (r["path"], "file" in r))
+    assert found(broken) == found(whole) and len(found(whole)[1]) == 12
 
 
 def test_a_loss_that_is_no_number_stops_at_once(tmp_path, monkeypatch):

@@ -290,7 +290,8 @@ def raw_frames(
         frames = ((i, frame) for i, _, frame in _in_order(container, stream, Path(path)))
         if not index.obstacle:
             stream.codec_context.skip_frame = skip
-            packets, _ = _landed(container, stream, index, max(0, int(np.searchsorted(index.keys, start, side="right")) - 1))
+            try: packets, _ = _landed(container, stream, index, max(0, int(np.searchsorted(index.keys, start, side="right")) - 1))
+            except _Astray: return (yield from raw_frames(path, replace(index, obstacle="its key frames are elsewhere"), start, stop, threads))
             decoded = until_damage((f for packet in packets for f in packet.decode() if f.pts in index.numbers), path)
             frames = ((index.numbers[f.pts], f) for f in decoded)
         for number, frame in frames:

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -38,7 +39,7 @@ from .people import Sighting, coverage, cut_out, late_windows, same_people
 from .shots import Shot, find_shots
 from .windows import FRAMES, MIN_FRAMES, MINUTE, Window, plan_window, plan_windows, thin_out
 from .verdict import check_bounds, confidence_of, verdict_of, verdict_of_faces
-from ..runtime import autocast, resolve_precision
+from ..runtime import autocast, in_advance, resolve_precision
 
 # %% ../../nbs/7_predict/20_detector.ipynb #9d04edff
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def watch(
     windows: list[Window],
     detect: Detect,          # see `make_detector`
     faces: FaceParams,
-    seconds: dict,           # what it took is added to "reading" and "faces"
+    seconds: dict,           # added to "reading": waiting for frames; to "faces": all the rest
     thin: Callable[[list[Window]], list[Window]] = lambda ahead: ahead,   # asked after each window which of the others are to be judged
     threads: int = 1,        # of the decoder
     notes: set[str] | None = None,   # see `iter_frames`
@@ -187,20 +188,22 @@ def watch(
     ahead = list(windows)
     while ahead:
         found, kept, again, since = {}, {}, False, time.perf_counter()
-        for i, moment, picture in iter_frames(path, set().union(*(w.frames for w in ahead)), index, threads, notes):
-            read = time.perf_counter(); seconds["reading"] += read - since
-            near = [*takewhile(lambda w: w.start <= i, ahead)]   # windows may overlap; a frame may be of one that was given up
-            if any(i in w.probes for w in near): found[i] = detect(picture)
-            if any(i in w.wanted for w in near): kept[i] = moment, picture
-            while ahead and not again and i >= max(ahead[0].frames):
-                window, before = ahead[0], len(ahead) - 1
-                boxes = {int(p): found[p] for p in window.probes}
-                yield Seen(window, cut_out(window, boxes, kept, faces), late_windows(window, boxes), picture.shape[1::-1])
-                ahead = thin(ahead[1:])
-                again = len(ahead) < before and not index.obstacle   # what was given up need not be decoded
-                found, kept = ({k: v for k, v in x.items() if ahead and k >= ahead[0].start} for x in (found, kept))
-            if again or not ahead: break
-            since = time.perf_counter(); seconds["faces"] += since - read
+        frames = iter_frames(path, set().union(*(w.frames for w in ahead)), index, threads, notes)
+        with closing(in_advance(frames)) as decoded:
+            for i, moment, picture in decoded:
+                read = time.perf_counter(); seconds["reading"] += read - since
+                near = [*takewhile(lambda w: w.start <= i, ahead)]   # windows may overlap; a frame may be of one that was given up
+                if any(i in w.probes for w in near): found[i] = detect(picture)
+                if any(i in w.wanted for w in near): kept[i] = moment, picture
+                while ahead and not again and i >= max(ahead[0].frames):
+                    window, before = ahead[0], len(ahead) - 1
+                    boxes = {int(p): found[p] for p in window.probes}
+                    yield Seen(window, cut_out(window, boxes, kept, faces), late_windows(window, boxes), picture.shape[1::-1])
+                    ahead = thin(ahead[1:])
+                    again = len(ahead) < before and not index.obstacle   # what was given up need not be decoded
+                    found, kept = ({k: v for k, v in x.items() if ahead and k >= ahead[0].start} for x in (found, kept))
+                if again or not ahead: break
+                since = time.perf_counter(); seconds["faces"] += since - read
         if ahead and not again: raise VideoError(f"{path}: fewer frames can be decoded than are in the file")
 
 # %% ../../nbs/7_predict/20_detector.ipynb #84cb86a3

@@ -9,7 +9,9 @@ __all__ = ['THRESHOLD', 'GAP', 'Shot', 'find_shots']
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import lazy_loader
@@ -57,6 +59,32 @@ def _changes(frames: Iterator[tuple[int, "av.VideoFrame"]]) -> Iterator[tuple[in
 # %% ../../nbs/7_predict/01_shots.ipynb #b714fda6
 GAP = 1/3   # seconds that may be skipped
 
+class _Sparse(Exception): "More was skipped than may be."
+class _Late(Exception): "It would take too long."
+
+def _cuts(
+    part: tuple[int, int],   # first frame, frame behind the last one
+    path: str | Path,
+    index: VideoIndex,
+    stretch: tuple[int, int],   # which the part is of
+    threads: int,
+    skip: str,               # see `raw_frames`
+    most: float,             # frames that may be skipped in a row
+    seconds: float,          # that it may take
+) -> list[tuple[int, int]]:  # number behind the last frame of a shot, and of the first frame of the next one
+    "Cuts in a part of a stretch."
+    (a, b), (start, stop), began = part, stretch, time.perf_counter()
+    cuts, last, beyond = [], a, 0
+    for seen, (number, score) in enumerate(_changes(raw_frames(path, index, a, stop, threads, skip))):
+        spent = time.perf_counter() - began
+        if spent > min(1, seconds) and spent*(b - a) > seconds*(number + 1 - a): raise _Late
+        if number - last > most: raise _Sparse
+        if score >= THRESHOLD and seen > (a > start): cuts.append((last + 1, number))
+        last, beyond = number, beyond + (number >= b)
+        if beyond == 2: break   # a score compares three frames, so the part before looks at the first two of this one
+    if b - last > most: raise _Sparse
+    return cuts
+
 def find_shots(
     path: str | Path,
     index: VideoIndex,
@@ -66,16 +94,16 @@ def find_shots(
     seconds: float = math.inf,   # that it may take
 ) -> list[Shot] | None:  # in their order; None when it would take longer
     "Cut a stretch of a video into shots. Raises `VideoError` when there is no frame."
-    began, stop = time.perf_counter(), index.frames if stop is None else stop
+    stop = index.frames if stop is None else stop
     if probe(path).kind != "video": return [Shot(start, stop)]   # a picture, or a few
+    keys = np.zeros(0) if index.obstacle else index.keys[(start < index.keys) & (index.keys < stop)]
+    even = np.linspace(start, stop, threads + 1)[1:-1]
+    edges = [start, *sorted({int(keys[np.abs(keys - e).argmin()]) for e in even if len(keys)}), stop]
+    parts, own = list(zip(edges, edges[1:])), threads if index.obstacle else 1   # skipping leaves nothing for a second thread
     for skip, most in (("BIDIR", max(1, GAP*index.rate)), ("NONREF", math.inf)):
-        shots, since, last = [], start, start
-        for number, score in _changes(raw_frames(path, index, start, stop, threads, skip)):
-            spent = time.perf_counter() - began
-            if spent > min(1, seconds) and spent*(stop - start) > seconds*(number + 1 - start): return None
-            if number - last > most: break
-            if score >= THRESHOLD and number > start:
-                shots.append(Shot(since, last + 1)); since = number
-            last = number
-        if stop - last <= most: break
-    return [*shots, Shot(since, stop)]
+        job = partial(_cuts, path=path, index=index, stretch=(start, stop), threads=own, skip=skip, most=most, seconds=seconds)
+        try:
+            with ThreadPoolExecutor(len(parts)) as pool: cuts = [cut for found in pool.map(job, parts) for cut in found]
+        except _Sparse: continue
+        except _Late: return None
+        return [Shot(a, b) for a, b in zip([start, *(first for _, first in cuts)], [*(end for end, _ in cuts), stop])]
