@@ -57,7 +57,7 @@ def measure(clips: int, rounds: int, most: int, folder: Path) -> tuple[dict[int,
     import cv2
     for workers in range(1, most + 1):
         with Processes(workers, cv2.setNumThreads, (1,)) as here, dask(workers) as there:
-            found = in_turn(sides(params, folder/"corpus", folder, dict(here=here, dask=there)), rounds)
+            found = in_turn(sides(params, folder/"corpus", folder/str(workers), dict(here=here, dask=there)), rounds)
         fastest[workers] = min(round["here"] for round in found)
         print(f"{workers} processes: {n/fastest[workers]:.2f} clips/s", flush=True)
         say("time with Dask / processes of this machine", [round["dask"]/round["here"] for round in found])

@@ -8,6 +8,7 @@ __all__ = ['COMMON', 'RecipeChanges', 'find_root', 'Section', 'auto_or_count', '
            'load_params', 'apply_overlay']
 
 # %% ../nbs/0_core/00_core.ipynb #e832e5e2
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -15,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
+
+from .runtime import whole_file
 
 # %% ../nbs/0_core/00_core.ipynb #f1c190f0
 def find_root(
@@ -170,7 +173,12 @@ def load_params(
 ) -> Params:  # checked and immutable
     "Read settings. Raises `ValueError` that names each unknown, missing or mistyped key."
     path = Path(path or find_root()/"params.yaml")
-    try: found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try: return _checked(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as e: raise ValueError(f"{path} is not YAML: {e}") from e
+
+def _checked(text: str, path: Path) -> Params:
+    "The settings in the text of a file. Raises as `load_params`."
+    try: found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as e: raise ValueError(f"{path} is not YAML: {e}") from e   # a date may be none
     try: return Params.model_validate(found)
     except ValidationError as e: problems = e.errors()
@@ -195,9 +203,9 @@ def apply_overlay(
     values = overlay if isinstance(overlay, dict) else editor.load((find_root(path.parent)/overlay).read_text())
     settings = editor.load(before)
     changed = _merge(settings, values)
-    with path.open("w") as f: editor.dump(settings, f)
-    try: load_params(path)
-    except ValueError: path.write_text(before); raise
+    editor.dump(settings, text := StringIO())
+    _checked(text.getvalue(), path)
+    with whole_file(path) as file: file.write(text.getvalue().encode())
     return changed
 
 def _merge(settings: dict, values: dict, prefix: str = "") -> list[str]:

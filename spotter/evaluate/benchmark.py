@@ -26,7 +26,7 @@ from ..data.store import ClipStore
 from ..data.video import video_length
 from .foreign_maps import checked_maps, nearest, scored_frames, write_maps
 from .leaderboard import result_metrics
-from ..runtime import progress
+from ..runtime import progress, whole_file
 
 # %% ../../nbs/6_evaluate/98_benchmark.ipynb #748cf11a
 def load_detector(
@@ -71,13 +71,14 @@ def _claim(out: Path, detector: Path, params: Params):
             raise ValueError(f"{out} holds results of another detector or corpus ({differ} differ): remove it, or name another --out")
     elif out.exists() and any(out.iterdir()): raise ValueError(f"{out} is there, and not from `spotter benchmark`: name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    about.write_text(json.dumps(mine, indent=1) + "\n")
+    with whole_file(about) as file: file.write(json.dumps(mine, indent=1).encode() + b"\n")
 
 def _done(table: Path) -> pd.DataFrame:
     "The videos that were judged before; a line that was not written to its end is cut off."
-    if not table.is_file(): table.write_text(",".join(KEPT) + "\n")
-    whole = table.read_bytes().rpartition(b"\n")[0] + b"\n"
-    if whole != table.read_bytes(): table.write_bytes(whole)
+    there = table.read_bytes() if table.is_file() else b""
+    whole = there[:there.rfind(b"\n") + 1] or ",".join(KEPT).encode() + b"\n"
+    if whole != there:
+        with whole_file(table) as file: file.write(whole)
     return pd.read_csv(table, dtype=str, keep_default_na=False)
 
 # %% ../../nbs/6_evaluate/98_benchmark.ipynb #8ede7a70

@@ -19,6 +19,7 @@ from .foreign_maps import map_metrics
 from .pooled import ALL
 from .references import CHEATS, CONSTANT, ORACLE
 from .tables import with_interval
+from ..runtime import whole_file
 
 # %% ../../nbs/6_evaluate/97_leaderboard.ipynb #1af54d85
 def result_metrics(
@@ -73,7 +74,7 @@ def write_leaderboard(
         except ValueError as e: raise ValueError(f"{path}: not a CSV table ({e}); name another file") from e
         if list(old) != list(new): raise ValueError(f"{path} is no leaderboard of this kind, its columns differ; name another file")
         new = pd.concat([old[old.detector != row["detector"]].astype(object), new.astype(object)])
-    new.to_csv(path, index=False, lineterminator="\n")
+    with whole_file(path) as file: new.to_csv(file, index=False, lineterminator="\n")
 
 # %% ../../nbs/6_evaluate/97_leaderboard.ipynb #3e9e5867
 def leaderboard(

@@ -21,6 +21,7 @@ import yaml
 from scipy.stats import t
 
 from ..core import Params
+from ..runtime import whole_file
 
 # %% ../../nbs/6_evaluate/87_reproduction.ipynb #790fa671
 METRICS = {"auc": "AUC", "balanced_accuracy": "balanced accuracy", "real_recall": "recall on real videos",
@@ -95,7 +96,7 @@ REFERENCE = Path("metrics/reference.json")
 
 def record_reference(root: Path, params: Params) -> Path:  # the file
     "Make the metrics of all models the reference."
-    (root/REFERENCE).write_text(json.dumps(own_runs(root, params), indent=1) + "\n")
+    with whole_file(root/REFERENCE) as file: file.write(json.dumps(own_runs(root, params), indent=1).encode() + b"\n")
     return root/REFERENCE
 
 def read_reference(root: Path) -> dict[str, dict]:  # as `own_runs`; empty where there is none
@@ -151,7 +152,7 @@ def write_spread(root: Path, rows: pd.DataFrame) -> Path:  # the file
     old = read_spread(root)
     old = old[~pd.MultiIndex.from_frame(old[["model", "kind"]]).isin(pd.MultiIndex.from_frame(rows[["model", "kind"]]))]
     table = pd.concat([part for part in (old, rows) if len(part)]).sort_values(["model", "kind"], kind="stable")
-    table.to_csv(root/SPREADS, index=False, float_format="%.6f", lineterminator="\n")
+    with whole_file(root/SPREADS) as file: table.to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
     return root/SPREADS
 
 # %% ../../nbs/6_evaluate/87_reproduction.ipynb #2d879013
