@@ -70,8 +70,11 @@ readme: data  ## run the notebooks of README.md and DATASHEET.md on the files as
 scan: environment  ## look for dangerous calls (bandit) and for known holes in what uv.lock names (pip-audit, where its database can be reached)
 	$(RUN) bandit --quiet --recursive --configfile pyproject.toml spotter
 	@$(UV) export --frozen --quiet --no-emit-project --format requirements.txt --output-file .scan.txt
-	@trap 'rm -f .scan.txt .scan.log' EXIT; $(RUN) pip-audit --disable-pip --require-hashes --progress-spinner off --requirement .scan.txt 2>.scan.log \
-	  || { grep -qE 'ConnectionError|ServiceError|Max retries' .scan.log && echo "pip-audit: skipped, its database cannot be reached"; } || { cat .scan.log; exit 1; }
+	@trap 'rm -f .scan.txt .scan.out .scan.log' EXIT; code=0; \
+	  $(RUN) pip-audit --disable-pip --require-hashes --progress-spinner off --requirement .scan.txt >.scan.out 2>.scan.log || code=$$?; \
+	  if grep -qE 'ConnectionError|ServiceError|Max retries' .scan.log; then echo "pip-audit: skipped, its database cannot be reached"; \
+	  else missed=$$(grep -c 'could not be audited' .scan.out || true); cat .scan.log; grep -v 'could not be audited' .scan.out; \
+	    [ $$missed = 0 ] || echo "pip-audit: $$missed of $$(grep -cE '^[a-z0-9].*==' .scan.txt) packages were skipped, the package index here does not know them or their holes"; exit $$code; fi
 
 sbom:  ## write sbom.json: all that uv.lock installs for a user, as CycloneDX, without network
 	@$(UV) export --frozen --offline --quiet --no-dev --format cyclonedx1.5 --output-file sbom.json

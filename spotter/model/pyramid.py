@@ -46,7 +46,7 @@ def imagenet_file(
     "timm's weights of a backbone, in the hub's cache on this machine. `ConnectionError` when they are not there and cannot be downloaded."
     name = BACKBONES[backbone].timm_name
     repository = timm.get_pretrained_cfg(name).hf_hub_id
-    try: return Path(hf_hub_download(repository, "model.safetensors"))  # nosec B615: tensors alone, whose hash stands in the records
+    try: return Path(hf_hub_download(repository, "model.safetensors"))  # nosec B615 # tensors alone, whose hash stands in the records
     except OSError as e:
         raise ConnectionError(f"no ImageNet weights for {name}: {e}\nStart from installed weights (train.init: lite) or from a file "
                               "(train.init: imagenet:FILE), or run once where the hub can be reached, so that its cache holds them") from e
