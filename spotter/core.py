@@ -17,8 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from .runtime import whole_file
-
 # %% ../nbs/0_core/00_core.ipynb #f1c190f0
 def find_root(
     start: str | Path | None = None,  # folder to start from; the working directory by default
@@ -199,13 +197,13 @@ def apply_overlay(
 ) -> list[str]:  # the names of the settings that changed
     "Write the values of `overlay` into `params.yaml`. Raises `ValueError` for a wrong setting, and then leaves the file as it was."
     path = Path(path or find_root()/"params.yaml")
-    before, editor = path.read_text(), YAML()
+    editor = YAML()
     values = overlay if isinstance(overlay, dict) else editor.load((find_root(path.parent)/overlay).read_text())
-    settings = editor.load(before)
+    settings = editor.load(path.read_text())
     changed = _merge(settings, values)
     editor.dump(settings, text := StringIO())
     _checked(text.getvalue(), path)
-    with whole_file(path) as file: file.write(text.getvalue().encode())
+    path.write_text(text.getvalue())
     return changed
 
 def _merge(settings: dict, values: dict, prefix: str = "") -> list[str]:

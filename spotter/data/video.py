@@ -291,7 +291,9 @@ def raw_frames(
         if not index.obstacle:
             stream.codec_context.skip_frame = skip
             try: packets, _ = _landed(container, stream, index, max(0, int(np.searchsorted(index.keys, start, side="right")) - 1))
-            except _Astray: return (yield from raw_frames(path, replace(index, obstacle="its key frames are elsewhere"), start, stop, threads))
+            except _Astray:
+                yield from raw_frames(path, replace(index, obstacle="its key frames are elsewhere"), start, stop, threads)
+                return
             decoded = until_damage((f for packet in packets for f in packet.decode() if f.pts in index.numbers), path)
             frames = ((index.numbers[f.pts], f) for f in decoded)
         for number, frame in frames:
