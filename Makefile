@@ -72,7 +72,7 @@ scan: environment  ## look for dangerous calls (bandit) and for known holes in w
 	@$(UV) export --frozen --quiet --no-emit-project --format requirements.txt --output-file .scan.txt
 	@trap 'rm -f .scan.txt .scan.out .scan.log' EXIT; code=0; \
 	  $(RUN) pip-audit --disable-pip --require-hashes --progress-spinner off --requirement .scan.txt >.scan.out 2>.scan.log || code=$$?; \
-	  if grep -qE 'ConnectionError|ServiceError|Max retries' .scan.log; then echo "pip-audit: skipped, its database cannot be reached"; \
+	  if [ $$code != 0 ] && grep -qE 'ConnectionError|ServiceError|Max retries' .scan.log; then echo "pip-audit: skipped, its database cannot be reached"; \
 	  else missed=$$(grep -c 'could not be audited' .scan.out || true); cat .scan.log; grep -v 'could not be audited' .scan.out; \
 	    [ $$missed = 0 ] || echo "pip-audit: $$missed of $$(grep -cE '^[a-z0-9].*==' .scan.txt) packages were skipped, the package index here does not know them or their holes"; exit $$code; fi
 

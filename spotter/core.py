@@ -199,11 +199,11 @@ def apply_overlay(
     path = Path(path or find_root()/"params.yaml")
     editor = YAML()
     values = overlay if isinstance(overlay, dict) else editor.load((find_root(path.parent)/overlay).read_text())
-    settings = editor.load(path.read_text())
+    settings = editor.load(path.read_text(encoding="utf-8"))
     changed = _merge(settings, values)
     editor.dump(settings, text := StringIO())
     _checked(text.getvalue(), path)
-    path.write_text(text.getvalue())
+    path.write_text(text.getvalue(), encoding="utf-8")
     return changed
 
 def _merge(settings: dict, values: dict, prefix: str = "") -> list[str]:

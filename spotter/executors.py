@@ -74,26 +74,40 @@ class Processes(ThreadPoolExecutor):
     def _process(self) -> tuple[ProcessPoolExecutor, multiprocessing.Process]:
         "The pool and the process of this thread, which has started: to import is no fault of the job."
         if getattr(self._own, "pool", None) is None or not self._own.process.is_alive():   # it may have died between two jobs
-            pool = self._own.pool = ProcessPoolExecutor(1, self._context, _begin, self._setup)
+            pool = ProcessPoolExecutor(1, self._context, _begin, self._setup)
             started = pool.submit(os.getpid)
-            self._own.process, = pool._processes.values()   # before Python 3.14 no public name can kill it
-            self._made.append((pool, self._own.process))
+            process, = pool._processes.values()   # before Python 3.14 no public name can kill it
+            self._own.pool, self._own.process = pool, process
+            self._made.append((pool, process))
             wait([started])
         return self._own.pool, self._own.process
 
+    def _handed(self, job, args, kwargs) -> tuple[Future, ProcessPoolExecutor, multiprocessing.Process]:
+        "The future of a job in the process of this thread; in a new one if that has just died."
+        pool, process = self._process()
+        try: return pool.submit(job, *args, **kwargs), pool, process
+        except BrokenProcessPool: self._drop(pool)
+        pool, process = self._process()
+        try: return pool.submit(job, *args, **kwargs), pool, process
+        except BrokenProcessPool: raise self._drop(pool, process)
+
+    def _drop(self, pool: ProcessPoolExecutor, process: multiprocessing.Process | None = None) -> ProcessEnded | None:
+        "Give up a process that ends; why it did."
+        self._own.pool = None
+        pool.shutdown()   # it waits for the process, whose exit code is known then
+        if not process: return None
+        code = process.exitcode
+        return ProcessEnded(f"its process died ({signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}): {WHY}")
+
     def _in_process(self, job, args, kwargs):
         "What a job returns in the process of this thread."
-        (pool, process), late = self._process(), False
-        try:
-            future = pool.submit(job, *args, **kwargs)
-            if late := not wait([future], self._seconds).done: process.kill()
-            return future.result()
-        except BrokenProcessPool:
-            pool.shutdown()   # it waits for the process, whose exit code is known then
-            self._own.pool, code = None, process.exitcode
-            if late: raise ProcessEnded(f"it took longer than {self._seconds:g} seconds, after which it was stopped") from None
-            how = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-            raise ProcessEnded(f"its process died ({how}): {WHY}") from None
+        future, pool, process = self._handed(job, args, kwargs)
+        if not wait([future], self._seconds).done:
+            process.kill(); self._drop(pool)
+            if not future.exception(): return future.result()   # in the last moment
+            raise ProcessEnded(f"it took longer than {self._seconds:g} seconds, after which it was stopped")
+        try: return future.result()
+        except BrokenProcessPool: raise self._drop(pool, process) from None
 
     def _done(self, job, args, kwargs):
         for tries_left in reversed(range(self._tries)):

@@ -137,7 +137,9 @@ def in_advance(
             for _ in range(most): more()
             while (item := made.popleft().result()) is not end:
                 more(); yield item
-        finally: thread.submit(items.close)
+        finally:
+            for item in made: item.cancel()
+            thread.submit(items.close)
 
 # %% ../nbs/0_core/10_runtime.ipynb #3a82aafe
 def keep_memory():

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,17 +80,21 @@ def broken_off(folder: Path, program: str, *arguments, share: float) -> tuple[Pa
         assert run.stdout.readline() == b"begun\n", (folder/"told").read_text()
         return run
     def ended(run): assert run.wait() == 0, (folder/"told").read_text()
-    begun, whole = time.time(), start("whole")
+    whole, begun = start("whole"), time.time()
     ended(whole)
     lasts = time.time() - begun
-    while kills < KILLS:
+    for _ in range(8*KILLS):
         run = start("broken")
         try: run.wait(rng.uniform(0, lasts*share))
         except subprocess.TimeoutExpired:
             kills += 1
             (os.killpg if kills % 2 else os.kill)(run.pid, signal.SIGKILL)
-        else: assert run.returncode == 0, (folder/"told").read_text()
+        else:
+            assert run.returncode == 0, (folder/"told").read_text()
+            shutil.rmtree(folder/"broken")   # what is finished cannot be broken off
         run.wait()
+        if kills == KILLS: break
+    assert kills == KILLS, "the runs were to be killed on their way"
     ended(start("broken"))
     return folder/"whole", folder/"broken"
 

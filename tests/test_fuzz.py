@@ -159,6 +159,21 @@ def test_a_runtime_error_of_a_decoder_is_a_picture_that_cannot_be_read(tmp_path,
     with pytest.raises(VideoError, match="a picture that cannot be read"): video_index(tmp_path/"a.png")
 
 
+def test_a_gif_may_be_cut_off_anywhere(tmp_path):
+    "Found by the fuzzer: Pillow raises errors of three kinds, depending on the byte."
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path/"whole.gif", save_all=True, append_images=frames[1:], duration=100)
+    data, counts = (tmp_path/"whole.gif").read_bytes(), []
+    assert video_index(tmp_path/"whole.gif").frames == 3
+    for length in range(20, len(data)):
+        (tmp_path/"cut.gif").write_bytes(data[:length])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try: counts.append(sum(1 for _ in iter_frames(tmp_path/"cut.gif")))
+            except VideoError as e: assert "cut.gif" in str(e); counts.append(0)
+    assert counts == sorted(counts) and {0, 1, 2, 3} == set(counts)
+
+
 def test_undamaged_seeds_are_read(tmp_path):
     "Or nothing would be fuzzed but the first line of each reader."
     for k, data in enumerate(videos(tmp_path)):

@@ -8,8 +8,10 @@ __all__ = ['FORMATS', 'BROKEN', 'open_still', 'frames_in', 'as_shown', 'still_fr
 # %% ../../nbs/1_data/15_stills.ipynb #061defa6
 import io
 import re
+import struct
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"
 _BEGIN = re.compile(rb"\xff\xd8|\x89PNG|RIFF....WEBP|BM|II|MM|GIF8|....ftyp(?:avi|mif1)", re.S)   # spares films the search among formats
 # what Pillow raises
-BROKEN = OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError, Image.DecompressionBombWarning
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, struct.error,
+          Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 def open_still(path: str | Path) -> "Image.Image | None":  # None for a file that is no picture
     "The opened picture, not yet read. Raises one of `BROKEN` for one that is too large."
@@ -32,8 +35,14 @@ def open_still(path: str | Path) -> "Image.Image | None":  # None for a file tha
 
 # %% ../../nbs/1_data/15_stills.ipynb #9af8bf85
 def frames_in(image: Image.Image) -> int:
-    "How many frames a picture has: one, or those of an animation."
-    return getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP", "AVIF") else 1
+    "How many frames a picture has: one, or those of an animation, up to the damage where it is cut off within a frame."
+    if image.format not in ("GIF", "PNG", "WEBP", "AVIF"): return 1
+    try: return getattr(image, "n_frames", 1)
+    except (IndexError, struct.error):   # of Pillow, where bytes of a GIF are missing
+        number = 1
+        with suppress(*BROKEN):
+            while True: image.seek(number); number += 1
+        return number
 
 # %% ../../nbs/1_data/15_stills.ipynb #79a49ae8
 def _opaque(image: Image.Image) -> Image.Image:

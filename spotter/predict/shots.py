@@ -7,18 +7,18 @@ __all__ = ['THRESHOLD', 'GAP', 'Shot', 'find_shots']
 
 # %% ../../nbs/7_predict/01_shots.ipynb #b0ef4cdc
 import math
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import lazy_loader
 import numpy as np
 
 from ..data.index import VideoIndex
-from ..data.video import probe, raw_frames
+from ..data.video import INTRA, probe, raw_frames
 
 # %% ../../nbs/7_predict/01_shots.ipynb #a2acde5b
 av = lazy_loader.load("av")
@@ -61,29 +61,50 @@ GAP = 1/3   # seconds that may be skipped
 
 class _Sparse(Exception): "More was skipped than may be."
 class _Late(Exception): "It would take too long."
+class _Unfit(Exception): "A part cannot be looked at alone."
+
+def _beginning(frames: Iterator[tuple[int, "av.VideoFrame"]], first: int) -> Iterator[tuple[int, "av.VideoFrame"]]:
+    "Frames that begin with this one, which refers to no other; `_Unfit` for others."
+    for k, (number, frame) in enumerate(frames):
+        if k == 0 and (number != first or frame.pict_type != INTRA): raise _Unfit
+        yield number, frame
 
 def _cuts(
     part: tuple[int, int],   # first frame, frame behind the last one
-    path: str | Path,
-    index: VideoIndex,
-    stretch: tuple[int, int],   # which the part is of
-    threads: int,
-    skip: str,               # see `raw_frames`
+    frames: Iterator[tuple[int, "av.VideoFrame"]],   # from there on, and beyond the part
+    start: int,              # first frame of all parts
+    stop: int,               # behind the last one
     most: float,             # frames that may be skipped in a row
-    seconds: float,          # that it may take
+    began: float,            # by `time.perf_counter`
+    seconds: float,          # that all may take
+    off: threading.Event,    # another part has given up
 ) -> list[tuple[int, int]]:  # number behind the last frame of a shot, and of the first frame of the next one
     "Cuts in a part of a stretch."
-    (a, b), (start, stop), began = part, stretch, time.perf_counter()
-    cuts, last, beyond = [], a, 0
-    for seen, (number, score) in enumerate(_changes(raw_frames(path, index, a, stop, threads, skip))):
-        spent = time.perf_counter() - began
-        if spent > min(1, seconds) and spent*(b - a) > seconds*(number + 1 - a): raise _Late
+    (a, b), cuts, beyond = part, [], 0
+    last, first = a, None
+    for seen, (number, score) in enumerate(_changes(frames if a == start else _beginning(frames, a))):
+        now = time.perf_counter()
+        first = first or now
+        if now - began > min(1, seconds) and first - began + (now - first)/(number + 1 - a)*(b - a) > seconds: raise _Late
         if number - last > most: raise _Sparse
         if score >= THRESHOLD and seen > (a > start): cuts.append((last + 1, number))
         last, beyond = number, beyond + (number >= b)
-        if beyond == 2: break   # a score compares three frames, so the part before looks at the first two of this one
+        if beyond == 2 or off.is_set(): return cuts   # a score compares three frames: the part before looks at the first two of this one
+    if b < stop: raise _Unfit   # it ends early, or the next one is too short
     if b - last > most: raise _Sparse
     return cuts
+
+def _all_cuts(path: str | Path, index: VideoIndex, parts: list[tuple[int, int]], threads: int, skip: str,
+              **limits) -> list[tuple[int, int]]:
+    "Cuts in all parts, which are looked at side by side. What one raises ends the others."
+    off, start, stop = threading.Event(), parts[0][0], parts[-1][1]
+    def cuts(part):
+        frames = raw_frames(path, index, part[0], stop, threads, skip)
+        try: return _cuts(part, frames, start, stop, off=off, **limits)
+        except Exception: off.set(); raise
+    with ThreadPoolExecutor(len(parts)) as pool:
+        try: return [cut for found in pool.map(cuts, parts) for cut in found]
+        finally: off.set()
 
 def find_shots(
     path: str | Path,
@@ -94,16 +115,16 @@ def find_shots(
     seconds: float = math.inf,   # that it may take
 ) -> list[Shot] | None:  # in their order; None when it would take longer
     "Cut a stretch of a video into shots. Raises `VideoError` when there is no frame."
-    stop = index.frames if stop is None else stop
+    began, stop = time.perf_counter(), index.frames if stop is None else stop
     if probe(path).kind != "video": return [Shot(start, stop)]   # a picture, or a few
     keys = np.zeros(0) if index.obstacle else index.keys[(start < index.keys) & (index.keys < stop)]
     even = np.linspace(start, stop, threads + 1)[1:-1]
     edges = [start, *sorted({int(keys[np.abs(keys - e).argmin()]) for e in even if len(keys)}), stop]
-    parts, own = list(zip(edges, edges[1:])), threads if index.obstacle else 1   # skipping leaves nothing for a second thread
+    own = threads if index.obstacle else 1   # skipping leaves nothing for a second thread
     for skip, most in (("BIDIR", max(1, GAP*index.rate)), ("NONREF", math.inf)):
-        job = partial(_cuts, path=path, index=index, stretch=(start, stop), threads=own, skip=skip, most=most, seconds=seconds)
-        try:
-            with ThreadPoolExecutor(len(parts)) as pool: cuts = [cut for found in pool.map(job, parts) for cut in found]
-        except _Sparse: continue
-        except _Late: return None
-        return [Shot(a, b) for a, b in zip([start, *(first for _, first in cuts)], [*(end for end, _ in cuts), stop])]
+        for parts in [*zip(edges, edges[1:])], [(start, stop)]:
+            try: cuts = _all_cuts(path, index, parts, own, skip, most=most, began=began, seconds=seconds)
+            except _Unfit: continue
+            except _Sparse: break
+            except _Late: return None
+            return [Shot(a, b) for a, b in zip([start, *(first for _, first in cuts)], [*(end for end, _ in cuts), stop])]
