@@ -174,6 +174,17 @@ def test_a_gif_may_be_cut_off_anywhere(tmp_path):
     assert counts == sorted(counts) and {0, 1, 2, 3} == set(counts)
 
 
+@pytest.mark.parametrize("width", [6913, 65535])
+def test_pixels_that_are_too_wide_are_a_clear_error(tmp_path, width):
+    "Found by the fuzzer: FFmpeg's converter has several errors for a picture that would be too large in square pixels."
+    Image.new("RGB", (32, 32)).save(tmp_path/"a.jpg")
+    data = bytearray((tmp_path/"a.jpg").read_bytes())
+    about = data.index(b"JFIF\0") + 7
+    data[about:about + 5] = b"\0" + width.to_bytes(2, "big") + b"\0\1"   # of a pixel, over its height
+    (tmp_path/"a.mjpeg").write_bytes(b"\0" + data)   # with a byte in front it is no picture for Pillow
+    with pytest.raises(VideoError, match="in a form that FFmpeg cannot convert"): list(iter_frames(tmp_path/"a.mjpeg"))
+
+
 def test_undamaged_seeds_are_read(tmp_path):
     "Or nothing would be fuzzed but the first line of each reader."
     for k, data in enumerate(videos(tmp_path)):

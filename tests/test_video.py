@@ -261,7 +261,7 @@ def test_matrix_and_range_are_honoured(tmp_path, matrix, red, blue, full):
 
 def test_colours_that_cannot_be_converted_are_a_clear_error(tmp_path):
     path = coded(tmp_path/"constant.mp4", (110, 90, 170), 8, colorspace=10)   # BT.2020 with constant luminance
-    with pytest.raises(VideoError, match="constant.mp4: frames in colours that FFmpeg cannot convert"): read_frames(path)
+    with pytest.raises(VideoError, match="constant.mp4: frames in a form that FFmpeg cannot convert"): read_frames(path)
 
 
 # ---------------------------------------------------------------- fields

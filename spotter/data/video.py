@@ -173,7 +173,8 @@ def _converter(stream: "av.VideoStream", path: str | Path, notes: set[str]):
     shape = stream.sample_aspect_ratio or 1
     def in_rgb(frame, **how):
         try: return reformat(frame, width=round(frame.width*shape), threads=1, **how).to_ndarray()
-        except OSError as e: raise VideoError(f"{path}: frames in colours that FFmpeg cannot convert ({e.strerror})") from e
+        except MemoryError: raise
+        except av.error.FFmpegError as e: raise VideoError(f"{path}: frames in a form that FFmpeg cannot convert ({e.strerror})") from e
     def convert(frame):
         if note := colour_note(frame.color_trc, frame.color_primaries):
             notes.add(note)
