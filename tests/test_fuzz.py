@@ -185,6 +185,15 @@ def test_pixels_that_are_too_wide_are_a_clear_error(tmp_path, width):
     with pytest.raises(VideoError, match="in a form that FFmpeg cannot convert"): list(iter_frames(tmp_path/"a.mjpeg"))
 
 
+def test_a_header_that_asks_for_all_memory_is_a_damaged_file(tmp_path, monkeypatch):
+    "Found by the fuzzer, in a header of MP4. Here the error is raised by hand: how much is too much depends on the machine."
+    import av
+    (tmp_path/"a.mp4").write_bytes(b"ftyp")
+    def short(*_, **__): raise av.error.MemoryError(12, "Cannot allocate memory")
+    monkeypatch.setattr(av, "open", short)
+    with pytest.raises(VideoError, match="asks for more memory than there is"): probe(tmp_path/"a.mp4")
+
+
 def test_undamaged_seeds_are_read(tmp_path):
     "Or nothing would be fuzzed but the first line of each reader."
     for k, data in enumerate(videos(tmp_path)):

@@ -52,7 +52,7 @@ def _open_container(path: Path) -> "av.container.InputContainer":
     if not path.stat().st_size: raise VideoError(f"{path}: the file is empty")
     name = str(path.absolute())   # FFmpeg reads `a:b` as a protocol, and `a%d.jpg` as the names of a series
     try: return av.open(name, metadata_errors="replace", options=dict(pattern_type="none"))
-    except MemoryError: raise
+    except MemoryError as e: raise VideoError(f"{path}: its header asks for more memory than there is: damaged, or memory is short") from e
     except av.error.FFmpegError as e: raise VideoError(f"{path}: not a video, or cut off before its index ({e.strerror})") from e
 
 # %% ../../nbs/1_data/10_video.ipynb #31d832f2
