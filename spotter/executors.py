@@ -84,18 +84,16 @@ class Processes(ThreadPoolExecutor):
 
     def _handed(self, job, args, kwargs) -> tuple[Future, ProcessPoolExecutor, multiprocessing.Process]:
         "The future of a job in the process of this thread; in a new one if that has just died."
-        pool, process = self._process()
-        try: return pool.submit(job, *args, **kwargs), pool, process
-        except BrokenProcessPool: self._drop(pool)
-        pool, process = self._process()
-        try: return pool.submit(job, *args, **kwargs), pool, process
-        except BrokenProcessPool: raise self._drop(pool, process)
+        for _ in range(2):
+            pool, process = self._process()
+            try: return pool.submit(job, *args, **kwargs), pool, process
+            except BrokenProcessPool: ended = self._drop(pool, process)
+        raise ended
 
-    def _drop(self, pool: ProcessPoolExecutor, process: multiprocessing.Process | None = None) -> ProcessEnded | None:
+    def _drop(self, pool: ProcessPoolExecutor, process: multiprocessing.Process) -> ProcessEnded:
         "Give up a process that ends; why it did."
         self._own.pool = None
         pool.shutdown()   # it waits for the process, whose exit code is known then
-        if not process: return None
         code = process.exitcode
         return ProcessEnded(f"its process died ({signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}): {WHY}")
 
@@ -103,7 +101,7 @@ class Processes(ThreadPoolExecutor):
         "What a job returns in the process of this thread."
         future, pool, process = self._handed(job, args, kwargs)
         if not wait([future], self._seconds).done:
-            process.kill(); self._drop(pool)
+            process.kill(); self._drop(pool, process)
             if not future.exception(): return future.result()   # in the last moment
             raise ProcessEnded(f"it took longer than {self._seconds:g} seconds, after which it was stopped")
         try: return future.result()

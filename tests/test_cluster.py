@@ -142,7 +142,10 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(store, corpus, params, t
     with Client(dask.scheduler_address, set_as_default=False) as client: pids = client.run(os.getpid)
     victim, killed = [*pids.values()][0], []
     def kill():
-        while not any(work(tmp_path/"faces").glob(".*.part")): time.sleep(.01)   # in the middle of a shard
+        until = time.monotonic() + 120
+        while not any(work(tmp_path/"faces").glob(".*.part")):   # in the middle of a shard
+            assert time.monotonic() < until, "no shard was begun"
+            time.sleep(.01)
         os.kill(victim, signal.SIGKILL); killed.append(len([*work(tmp_path/"faces").glob("*.json")]))
     with ThreadPoolExecutor(1) as thread, cluster(dask.scheduler_address) as workers:
         killing = thread.submit(kill)

@@ -94,6 +94,7 @@ def _cuts(
     if b - last > most: raise _Sparse
     return cuts
 
+# %% ../../nbs/7_predict/01_shots.ipynb #a8f80552
 def _all_cuts(path: str | Path, index: VideoIndex, parts: list[tuple[int, int]], threads: int, skip: str,
               **limits) -> list[tuple[int, int]]:
     "Cuts in all parts, which are looked at side by side. What one raises ends the others."
@@ -106,6 +107,7 @@ def _all_cuts(path: str | Path, index: VideoIndex, parts: list[tuple[int, int]],
         try: return [cut for found in pool.map(cuts, parts) for cut in found]
         finally: off.set()
 
+# %% ../../nbs/7_predict/01_shots.ipynb #ea3242d4
 def find_shots(
     path: str | Path,
     index: VideoIndex,
